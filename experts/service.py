@@ -1,0 +1,495 @@
+"""One expert server: its gRPC data path on its own thread and loop, its copies, its report.
+
+The shell around `batching.py` (what runs next) and `compute.py` (how): it decodes and checks messages, hands launches
+to the compute thread and writes partial sums back. Whoever embeds it (a Serve replica, a test, `python -m experts`)
+calls it from any thread.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import grpc.aio
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.batching import Batcher, Call
+from experts.compute import Float32Array, Int32Array, choose_compute_dtype, partial_sums
+from experts.config import ExpertServerConfig
+from experts.weights import CopyKey, ExpertCopy, ExpertShard
+from protos import expert_pb2
+from protos.checkpoint import Checkpoint
+from protos.codec import TORCH_DTYPES, WIRE_DTYPES, decode, encode, read_floats, read_ints, read_tensor, tensor_bytes
+from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest, to_proto
+from protos.loops import LoopThread
+from protos.model import ModelSpec
+from protos.services import EXPERT_SERVICE, expert_handlers, start_server
+
+log = logging.getLogger("expertmesh.experts")
+
+PULSE_S = 0.2  # a stream with work in the queue hears from us at least this often
+BUSY_WINDOW_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerReport:
+    """What one server holds and how busy it is. Tokens are routed pairs."""
+
+    server_id: str
+    address: str
+    pid: int
+    state: Literal["serving", "draining"]
+    copies: frozenset[CopyKey]
+    bytes: int
+    budget_bytes: int
+    queue_tokens: int
+    busy_share: float  # of the last second, 0..1
+    tokens: Mapping[CopyKey, int]  # computed since each copy was loaded
+    compute_dtype: str
+    emulated_tokens_per_s: float | None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Work:
+    """A checked ComputeRequest."""
+
+    x_RD: Tensor
+    pair_row_P: Int32Array
+    pair_expert_P: Int32Array
+    pair_weight_P: Float32Array
+    copies: Mapping[int, ExpertCopy]
+    partial_dtype: torch.dtype
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """The sending side of one router's Compute stream."""
+
+    context: grpc.aio.ServicerContext
+    out: deque[bytes] = field(default_factory=deque)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    open_calls: int = 0
+
+    def send(self, message: bytes) -> None:
+        self.out.append(message)
+        self.wake.set()
+
+    async def write(self) -> None:
+        """Write what is queued; while calls are open and nothing is ready, send a pulse now and then."""
+        while True:
+            try:
+                async with asyncio.timeout(PULSE_S if self.open_calls else None):
+                    await self.wake.wait()
+            except TimeoutError:
+                self.out.append(_PULSE)
+            self.wake.clear()
+            while self.out:
+                await self.context.write(self.out.popleft())
+
+
+# A response without a call: tells the router that a server with a long queue is alive.
+_PULSE = expert_pb2.ComputeResponse().SerializeToString()
+
+
+class ExpertServer:
+    """Serves copies of experts of one model.
+
+    Args:
+        spec: the model.
+        config: budgets and compute settings.
+        server_id: unique per process.
+    """
+
+    def __init__(self, spec: ModelSpec, config: ExpertServerConfig, *, server_id: str) -> None:
+        if config.compute_threads is not None:
+            torch.set_num_threads(config.compute_threads)
+        device = torch.device(config.device if config.device != "auto" else _best_device())
+        self.spec = spec
+        self.config = config
+        self.server_id = server_id
+        self.address = ""
+        self._dtype = choose_compute_dtype(
+            config.compute_dtype,
+            getattr(torch, spec.dtype),
+            device=device,
+            dim=spec.dim,
+            hidden_dim=spec.hidden_dim,
+        )
+        self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes)
+        self._batcher: Batcher[_Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
+        self._pacer = _Pacer(config.emulated_tokens_per_s)
+        self._busy = _BusyMeter()
+        self._launch_cost = _LaunchCost()
+        self._streams: set[_Stream] = set()
+        self._draining = False
+        self._pump_scheduled = False
+        self._running = False
+        self._compute_thread = ThreadPoolExecutor(1, thread_name_prefix="expertmesh-compute")
+        self._loop = LoopThread(f"expertmesh-experts-{server_id}")
+        self._server: grpc.aio.Server | None = None
+        if config.emulated_tokens_per_s is not None:
+            log.warning("server %s EMULATES a device of %g routed pairs/s", server_id, config.emulated_tokens_per_s)
+
+    # ------------------------------------------------------------------ for whoever embeds the server, any thread
+
+    def start(self, host: str, port: int = 0) -> str:
+        """Serve on host:port (0: any free port). Returns "host:port".
+
+        Raises:
+            InvalidRequest: the port cannot be bound.
+        """
+        self._loop.start()
+        self.address = self._loop.call(self._start(host, port))
+        return self.address
+
+    def load(self, copies: Sequence[CopyKey]) -> None:
+        """Load copies and run each once, so that the first request meets warm weights. Blocks.
+
+        Raises:
+            InvalidRequest: a layer or expert the model does not have.
+            Overloaded: budget_bytes would be exceeded; nothing is loaded.
+            CorruptWeights: the checkpoint cannot be read; copies loaded before stay.
+        """
+        for layer, expert in copies:
+            self._check_key(layer, expert)
+        self._shard.load(copies)
+        x_1D = torch.zeros(1, self.spec.dim)
+        zero, weight = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32)
+        for layer, expert in copies:
+            copy = self._shard.find(layer, [expert])[expert]
+            warm = ExpertCopy(w13_2FD=copy.w13_2FD, w2_DF=copy.w2_DF)  # the warm-up is not traffic: do not count it
+            partial_sums(x_1D, zero, np.full(1, expert, dtype=np.int32), weight, {expert: warm})
+
+    def unload(self, copies: Sequence[CopyKey]) -> None:
+        """Forget copies. Calls already accepted for them complete; later ones get StalePlacement."""
+        self._shard.unload(copies)
+
+    def report(self) -> ServerReport:
+        """A snapshot, cheap enough for every heartbeat."""
+        held = self._shard.held
+        return ServerReport(
+            server_id=self.server_id,
+            address=self.address,
+            pid=os.getpid(),
+            state="draining" if self._draining else "serving",
+            copies=frozenset(held),
+            bytes=self._shard.num_bytes,
+            budget_bytes=self.config.budget_bytes,
+            queue_tokens=self._batcher.queue_tokens,
+            busy_share=self._busy.share(time.monotonic()),
+            tokens={key: copy.tokens for key, copy in held.items()},
+            compute_dtype=str(self._dtype).removeprefix("torch."),
+            emulated_tokens_per_s=self.config.emulated_tokens_per_s,
+        )
+
+    def drain(self) -> None:
+        """Report "draining". What still arrives is served: the placement takes this server out of the table first."""
+        self._draining = True
+
+    def stop(self, grace_s: float) -> None:
+        """Stop serving after at most `grace_s` seconds for open calls. Idempotent."""
+        if self._loop.running:
+            self._loop.call(self._stop(grace_s))
+            self._loop.stop()
+        self._compute_thread.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------ gRPC methods, on our loop
+
+    async def _start(self, host: str, port: int) -> str:
+        handlers = expert_handlers(compute=self._compute, status=self._status)
+        self._server, address, _ = await start_server(EXPERT_SERVICE, handlers, host=host, port=port)
+        return address
+
+    async def _stop(self, grace_s: float) -> None:
+        end_s = time.monotonic() + grace_s
+        while self._batcher.queue_tokens and time.monotonic() < end_s:
+            await asyncio.sleep(0.01)
+        if self._server is not None:
+            await self._server.stop(0.05)
+
+    async def _compute(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        stream = _Stream(context)
+        self._streams.add(stream)
+        writer = asyncio.create_task(stream.write())
+        try:
+            while (buffer := await context.read()) is not grpc.aio.EOF:
+                self._receive(buffer, stream)
+            while stream.open_calls or stream.out:  # half-closed: answer what was asked
+                await asyncio.sleep(0.005)
+        finally:
+            writer.cancel()
+            self._streams.discard(stream)
+            self._batcher.cancel(stream)
+
+    async def _status(
+        self, request: expert_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    ) -> expert_pb2.StatusResponse:
+        report = self.report()
+        state = expert_pb2.SERVER_STATE_DRAINING if self._draining else expert_pb2.SERVER_STATE_SERVING
+        return expert_pb2.StatusResponse(
+            server_id=report.server_id,
+            state=state,
+            copies=[
+                expert_pb2.ExpertCopy(layer=layer, expert=expert, tokens=tokens)
+                for (layer, expert), tokens in sorted(report.tokens.items())
+            ],
+            bytes=report.bytes,
+            budget_bytes=report.budget_bytes,
+            queue_tokens=report.queue_tokens,
+            busy_share=report.busy_share,
+            compute_dtype=report.compute_dtype,
+            emulated_tokens_per_s=report.emulated_tokens_per_s or 0.0,
+            pid=report.pid,
+        )
+
+    # ------------------------------------------------------------------ requests
+
+    def _receive(self, buffer: bytes, stream: _Stream) -> None:
+        """Queue one message, or answer it with its error."""
+        call_id = 0
+        try:
+            head, payload = decode(expert_pb2.ComputeRequest, buffer)
+            call_id = head.call_id
+            if head.cancel:
+                stream.open_calls -= len(self._batcher.cancel(stream, frozenset(head.cancel)))
+            if not call_id:
+                return
+            now_s = time.monotonic()
+            work = self._check(head, payload)
+            self._batcher.admit(
+                Call(
+                    call_id=call_id,
+                    stream=stream,
+                    layer=head.layer,
+                    num_rows=head.num_rows,
+                    num_tokens=len(work.pair_row_P),
+                    arrived_s=now_s,
+                    deadline_s=now_s + head.timeout_s if head.timeout_s > 0 else float("inf"),
+                    work=work,
+                )
+            )
+            stream.open_calls += 1
+            self._schedule_pump()
+        except Exception as err:
+            self._refuse(stream, call_id, err)
+
+    def _check(self, head: expert_pb2.ComputeRequest, payload: memoryview) -> _Work:
+        """Decode the arrays of a request and check every one of its fields."""
+        if head.layer not in self.spec.layers:
+            raise InvalidRequest(f"layer {head.layer!r} is not a MoE layer of this model {list(self.spec.layers)}")
+        if head.num_rows == 0:
+            raise InvalidRequest("num_rows is 0, at least 1 is needed")
+        partial_dtype = TORCH_DTYPES.get(head.partial_dtype)
+        if partial_dtype is None:
+            raise InvalidRequest(f"partial_dtype is {head.partial_dtype} (supported: 1, 2, 3)")
+        x_RD = read_tensor(payload, head.dtype, (head.num_rows, self.spec.dim), name="x")
+        pair_row_P = read_ints(head.pair_row, name="pair_row")
+        pair_expert_P = read_ints(head.pair_expert, name="pair_expert", count=len(pair_row_P))
+        pair_weight_P = read_floats(head.pair_weight, name="pair_weight", count=len(pair_row_P))
+        if len(pair_row_P) == 0:
+            raise InvalidRequest("pair_row is empty, at least 1 pair is needed")
+        rows, experts = pair_row_P.tolist(), set(pair_expert_P.tolist())
+        if min(rows) < 0 or max(rows) >= head.num_rows:
+            raise InvalidRequest(f"pair_row has {min(rows)}..{max(rows)}, limit is 0..{head.num_rows - 1}")
+        for expert in experts:
+            self._check_key(head.layer, expert)
+        return _Work(
+            x_RD=x_RD,
+            pair_row_P=pair_row_P,
+            pair_expert_P=pair_expert_P,
+            pair_weight_P=pair_weight_P,
+            copies=self._shard.find(head.layer, experts),
+            partial_dtype=partial_dtype,
+        )
+
+    def _check_key(self, layer: str, expert: int) -> None:
+        if layer not in self.spec.layers:
+            raise InvalidRequest(f"layer {layer!r} is not a MoE layer of this model {list(self.spec.layers)}")
+        if not 0 <= expert < self.spec.num_experts:
+            raise InvalidRequest(f"expert {expert} of layer {layer} is outside 0..{self.spec.num_experts - 1}")
+
+    def _refuse(self, stream: _Stream, call_id: int, error: Exception) -> None:
+        if not isinstance(error, ExpertmeshError):
+            log.error("call %d failed", call_id, exc_info=error)
+        response = expert_pb2.ComputeResponse(
+            call_id=call_id, error=to_proto(error), queue_tokens=self._batcher.queue_tokens
+        )
+        stream.send(response.SerializeToString())
+
+    # ------------------------------------------------------------------ launches
+
+    def _schedule_pump(self) -> None:
+        # Not at once: messages that the loop has already received join the same launch.
+        if not self._running and not self._pump_scheduled:
+            self._pump_scheduled = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Start the next launch if none is running."""
+        self._pump_scheduled = False
+        if self._running:
+            return
+        now_s = time.monotonic()
+        for call in self._batcher.expire(now_s):
+            self._answer_failure(
+                call, DeadlineExceeded(f"queued for {now_s - call.arrived_s:.3f} s, past its deadline")
+            )
+        batch = self._batcher.take()
+        if not batch:
+            return
+        self._running = True
+        self._busy.begin(now_s)
+        tokens = sum(call.num_tokens for call in batch)
+        if self._launch_cost.expected_s(tokens) <= self.config.inline_launch_s:
+            self._launched(batch, now_s, _guarded(_launch, batch))
+        else:
+            future = asyncio.get_running_loop().run_in_executor(self._compute_thread, _guarded, _launch, batch)
+            future.add_done_callback(lambda done: self._launched(batch, now_s, done.result()))
+
+    def _launched(self, batch: list[Call[_Work]], start_s: float, result: "list[Tensor] | Exception") -> None:
+        """A launch computed: pace it if the server emulates a slower device, then answer."""
+        now_s = time.monotonic()
+        tokens = sum(call.num_tokens for call in batch)
+        self._launch_cost.learn(tokens, now_s - start_s)
+        done_s = self._pacer.done_s(start_s, now_s, tokens)
+        if done_s > now_s:
+            asyncio.get_running_loop().call_at(
+                asyncio.get_running_loop().time() + done_s - now_s, self._answer, batch, start_s, result
+            )
+        else:
+            self._answer(batch, start_s, result)
+
+    def _answer(self, batch: list[Call[_Work]], start_s: float, result: "list[Tensor] | Exception") -> None:
+        now_s = time.monotonic()
+        self._busy.end(now_s)
+        self._batcher.finish(batch, took_s=now_s - start_s)
+        self._running = False
+        if isinstance(result, Exception):
+            for call in batch:
+                self._answer_failure(call, result)
+        else:
+            rows = sum(call.num_rows for call in batch)
+            for call, partial_RD in zip(batch, result, strict=True):
+                head = expert_pb2.ComputeResponse(
+                    call_id=call.call_id,
+                    dtype=WIRE_DTYPES[partial_RD.dtype],
+                    queue_s=start_s - call.arrived_s,
+                    compute_s=now_s - start_s,
+                    launch_rows=rows,
+                    queue_tokens=self._batcher.queue_tokens,
+                    emulated=self.config.emulated_tokens_per_s is not None,
+                )
+                stream = call.stream
+                assert isinstance(stream, _Stream)
+                stream.open_calls -= 1
+                stream.send(encode(head, tensor_bytes(partial_RD)))
+        if self._batcher.queue_tokens:
+            self._schedule_pump()
+
+    def _answer_failure(self, call: Call[_Work], error: Exception) -> None:
+        stream = call.stream
+        assert isinstance(stream, _Stream)
+        stream.open_calls -= 1
+        self._refuse(stream, call.call_id, error)
+
+
+def _launch(batch: list[Call[_Work]]) -> list[Tensor]:
+    """Merge the calls of one layer, compute, and split the partial sums again."""
+    if len(batch) == 1:
+        work = batch[0].work
+        partial_RD = partial_sums(work.x_RD, work.pair_row_P, work.pair_expert_P, work.pair_weight_P, work.copies)
+        return [partial_RD.to(work.partial_dtype)]
+    works = [call.work for call in batch]
+    offsets = np.cumsum([0, *(call.num_rows for call in batch)]).astype(np.int32)
+    copies: dict[int, ExpertCopy] = {}
+    for work in works:
+        copies.update(work.copies)
+    partial_RD = partial_sums(
+        torch.cat([work.x_RD for work in works]),
+        np.concatenate([work.pair_row_P + offset for work, offset in zip(works, offsets, strict=False)]),
+        np.concatenate([work.pair_expert_P for work in works]),
+        np.concatenate([work.pair_weight_P for work in works]),
+        copies,
+    )
+    return [partial_RD[offsets[i] : offsets[i + 1]].to(work.partial_dtype) for i, work in enumerate(works)]
+
+
+def _guarded(
+    launch: "Callable[[list[Call[_Work]]], list[Tensor]]", batch: list[Call[_Work]]
+) -> "list[Tensor] | Exception":
+    try:
+        return launch(batch)
+    except Exception as err:
+        return err
+
+
+class _Pacer:
+    """Emulation of a slower device: a launch of n routed pairs lasts at least n / rate seconds."""
+
+    def __init__(self, tokens_per_s: float | None) -> None:
+        self._tokens_per_s = tokens_per_s
+        self._free_s = 0.0
+
+    def done_s(self, start_s: float, now_s: float, tokens: int) -> float:
+        """When a launch that started at start_s and computed until now_s may be answered."""
+        if self._tokens_per_s is None:
+            return now_s
+        # Timers fire late by up to a millisecond: carrying the schedule over keeps the rate exact under load.
+        begin_s = self._free_s if start_s - self._free_s < 0.01 else start_s
+        self._free_s = max(now_s, begin_s + tokens / self._tokens_per_s)
+        return self._free_s
+
+
+class _LaunchCost:
+    """Expected launch time by size, learnt from the launches so far (unknown sizes count as long)."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def expected_s(self, tokens: int) -> float:
+        return self._seconds.get(tokens.bit_length(), float("inf"))
+
+    def learn(self, tokens: int, took_s: float) -> None:
+        bucket = tokens.bit_length()
+        old = self._seconds.get(bucket, took_s)
+        self._seconds[bucket] = old + (took_s - old) * 0.1
+
+
+class _BusyMeter:
+    """Share of the last BUSY_WINDOW_S seconds spent in launches, the running one included."""
+
+    def __init__(self) -> None:
+        self._spans: deque[tuple[float, float]] = deque()
+        self._began_s: float | None = None
+        self._lock = threading.Lock()
+
+    def begin(self, now_s: float) -> None:
+        self._began_s = now_s
+
+    def end(self, now_s: float) -> None:
+        assert self._began_s is not None, "end follows begin"
+        with self._lock:
+            self._spans.append((self._began_s, now_s))
+            self._began_s = None
+            while self._spans[0][1] < now_s - BUSY_WINDOW_S:
+                self._spans.popleft()
+
+    def share(self, now_s: float) -> float:
+        begin_s = now_s - BUSY_WINDOW_S
+        with self._lock:
+            busy_s = sum(max(0.0, end - max(start, begin_s)) for start, end in self._spans)
+            if self._began_s is not None:
+                busy_s += now_s - max(self._began_s, begin_s)
+        return min(1.0, busy_s / BUSY_WINDOW_S)
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,56 @@
+"""A thread that runs one asyncio event loop: the data path of a server, apart from its embedder's loop."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a daemon thread.
+
+    A Serve replica shares its own loop with Serve's control calls, so gRPC data traffic gets this one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.running = False
+
+    def start(self) -> None:
+        """Start the thread. Once only."""
+        self._thread.start()
+        self.running = True
+
+    def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """Run a coroutine on the loop and wait for its result, from another thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+
+    def post(self, callback: Any, *args: Any) -> None:
+        """Run a plain callback on the loop soon, from any thread."""
+        self._loop.call_soon_threadsafe(callback, *args)
+
+    def stop(self) -> None:
+        """Cancel what still runs, end the loop and join the thread. Idempotent."""
+        if not self.running:
+            return
+        self.running = False
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            pending = asyncio.all_tasks(self._loop)
+            for task in pending:
+                task.cancel()
+            if pending:
+                self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
