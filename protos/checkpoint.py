@@ -68,7 +68,7 @@ def read_model(path: Path) -> ModelSpec:
     dims = _dims(gate, shared, dim=config.dim, hidden_dim=config.hidden_dim)
     blocks = find_blocks(index_directory(path), num_layers=config.num_layers, dims=dims)
     return ModelSpec(
-        path=path,
+        path=path.absolute(),  # the spec travels to processes with other working directories
         family=config.family,
         dtype=_DTYPE_NAMES[expert_dtype(blocks)],
         dim=config.dim,

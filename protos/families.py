@@ -28,7 +28,7 @@ _TOP_K = Setting(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "m
 _WIDTH = Setting(("intermediate_size",))
 _MOE_WIDTH = Setting(("moe_intermediate_size",))
 _ALWAYS = Setting((), True)
-_ACTIVATION = Setting(("hidden_act",), "silu")
+ACTIVATION = Setting(("hidden_act",), "silu")
 _DIM = Setting(("hidden_size",))
 _NUM_LAYERS = Setting(("num_hidden_layers",))
 
@@ -161,9 +161,9 @@ class Config:
         return SharedSpec(hidden_dim=width * count, gated=row.gated) if count else None
 
     def activation(self) -> Literal["silu"]:
-        value = self._value(_ACTIVATION)
+        value = self._value(ACTIVATION)
         if value != "silu":
-            raise self._unsupported(_ACTIVATION, value, "'silu'")
+            raise self._unsupported(ACTIVATION, value, "'silu'")
         return "silu"
 
     def _groups(self, num_experts: int, top_k: int) -> GroupLimit | None:
@@ -185,10 +185,10 @@ class Config:
         present = {key: self.values[key] for key in setting.keys if key in self.values}
         first = next(iter(present.values()), setting.default)
         for key, value in present.items():
-            if value != first:
+            if value is not first and value != first:
                 raise UnsupportedModel(f"{self.file}: {key} is {value!r}, but {next(iter(present))} is {first!r}")
         if not present and first is None:
-            raise UnsupportedModel(f"{self.file}: {self.family} needs one of the keys {', '.join(setting.keys)}")
+            raise UnsupportedModel(f"{self.file}: {self.family} needs the key {' or '.join(setting.keys)}")
         return first
 
     def _integer(self, setting: Setting, minimum: int = 1) -> int:

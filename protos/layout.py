@@ -91,20 +91,19 @@ def find_blocks(extents: Mapping[str, Extent], *, num_layers: int, dims: Dims) -
     parts_by_layer: dict[int, _Parts] = {}
     unknown: dict[int, Extent] = {}
     dense_layers: set[int] = set()
-    prefixes: dict[str, Extent] = {}
+    stack: tuple[str, str] | None = None  # prefix of the one stack of layers, and a tensor of it
     for name, extent in extents.items():
         match = _IN_BLOCK.fullmatch(name)
         if match is None or int(match["layer"]) >= num_layers:
             continue
-        prefixes.setdefault(match["prefix"], extent)
+        stack = stack or (match["prefix"], name)
+        if match["prefix"] != stack[0]:
+            raise UnsupportedModel(f"{extent.file.path}: more than one stack of layers: {stack[1]} and {name}")
         layer = int(match["layer"])
         if _DENSE.fullmatch(match["rest"]):
             dense_layers.add(layer)
         elif not _assign(parts_by_layer.setdefault(layer, {}), match["rest"], extent):
             unknown.setdefault(layer, extent)
-    if len(prefixes) > 1:
-        names = " and ".join(extent.name for extent in list(prefixes.values())[:2])
-        raise UnsupportedModel(f"more than one stack of layers: {names}")
     sparse = {layer: parts for layer, parts in parts_by_layer.items() if any(map(parts.get, _PER_EXPERT + _STACKED))}
     if not sparse:
         raise UnsupportedModel("no MoE layer: no tensor named like layers.N.mlp.experts.E.gate_proj.weight")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-transformers.logging.disable_progress_bar()
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
 DIM, HIDDEN_DIM, NUM_EXPERTS, TOP_K = 64, 32, 8, 2
