@@ -32,6 +32,11 @@ class Routing:
     score_TE: npt.NDArray[np.float32] | None = None
     choice_TE: npt.NDArray[np.float32] | None = None
 
+    @property
+    def top_k(self) -> int:
+        """K, the experts per token."""
+        return int(self.expert_TK.shape[1])
+
 
 class Gate:
     """The gate of one layer.

@@ -33,11 +33,36 @@ class LayerPlacement:
     """The table of one layer as arrays, for the request path.
 
     server_EC holds indices into the table's `servers`, -1 where an expert has fewer copies; share_EC is 0 there.
+    An expert's copies come first in its row.
     """
 
     num_copies_E: npt.NDArray[np.int32]
     server_EC: npt.NDArray[np.int32]
     share_EC: npt.NDArray[np.float64]
+    _copies: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict, repr=False)
+
+    def copies(self, expert: int) -> tuple[list[int], list[float]]:
+        """One expert's servers and shares as lists (do not change them): small loops are faster on these."""
+        found = self._copies.get(expert)
+        if found is None:
+            count = int(self.num_copies_E[expert])
+            found = (self.server_EC[expert, :count].tolist(), self.share_EC[expert, :count].tolist())
+            self._copies[expert] = found
+        return found
+
+    def without(self, excluded_S: npt.NDArray[np.bool_]) -> "LayerPlacement":
+        """The same layer with no copy on the servers marked in `excluded_S` (indices into the table's servers)."""
+        # The extra entry answers for index -1, "no copy here".
+        gone_EC = np.append(excluded_S, True)[self.server_EC]
+        if (gone_EC & (self.server_EC >= 0)).any():
+            order_EC = np.argsort(gone_EC, axis=1, kind="stable")
+            live_EC = ~np.take_along_axis(gone_EC, order_EC, axis=1)
+            return LayerPlacement(
+                num_copies_E=live_EC.sum(axis=1, dtype=np.int32),
+                server_EC=np.where(live_EC, np.take_along_axis(self.server_EC, order_EC, axis=1), np.int32(-1)),
+                share_EC=np.where(live_EC, np.take_along_axis(self.share_EC, order_EC, axis=1), 0.0),
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
