@@ -1,0 +1,262 @@
+"""The planner: what every plan must satisfy, and what it should do in the situations it exists for."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.planner import Key, Load, Plan, PlannerInput, PlannerServer, Reshare, Unload, balancedness, plan
+from router.table import CopyShare
+
+Copies = Mapping[Key, tuple[CopyShare, ...]]
+
+
+def make_servers(num_servers: int, max_copies: int) -> tuple[PlannerServer, ...]:
+    return tuple(PlannerServer(server_id=f"s{s}", max_copies=max_copies) for s in range(num_servers))
+
+
+def make_input(
+    load_LE: npt.NDArray[np.float64], servers: tuple[PlannerServer, ...], current: Copies | None = None
+) -> PlannerInput:
+    layers = tuple(str(layer) for layer in range(load_LE.shape[0]))
+    return PlannerInput(layers=layers, load_LE=load_LE, servers=servers, current=current or {})
+
+
+def settle(inputs: PlannerInput, *, most: int = 40) -> Plan:
+    """Plan and obey until a plan has no steps."""
+    for _ in range(most):
+        found = plan(inputs)
+        if not found.steps:
+            return found
+        inputs = replace(inputs, current=found.copies)
+    raise AssertionError(f"still {len(found.steps)} steps after {most} plans: {found.steps[:5]}")
+
+
+def holders(copies: Copies, key: Key) -> set[str]:
+    return {copy.server_id for copy in copies.get(key, ())}
+
+
+def skewed_load(num_layers: int, num_experts: int, hot: float, *, total: float = 1e4) -> npt.NDArray[np.float64]:
+    """Expert 0 of every layer gets the share `hot`, the others the rest evenly."""
+    load_LE = np.full((num_layers, num_experts), (1 - hot) / (num_experts - 1))
+    load_LE[:, 0] = hot
+    return load_LE * total
+
+
+@st.composite
+def planner_inputs(draw: st.DrawFn) -> PlannerInput:
+    num_layers, num_experts = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    num_servers = draw(st.integers(1, 4))
+    servers = tuple(
+        PlannerServer(
+            server_id=f"s{s}",
+            max_copies=draw(st.integers(1, num_layers * num_experts + 2)),
+            speed=draw(st.sampled_from([0.5, 1.0, 2.0])),
+            draining=draw(st.sampled_from([False, False, False, True])),
+        )
+        for s in range(num_servers)
+    )
+    cells = num_layers * num_experts
+    load = draw(st.lists(st.sampled_from([0.0, 1.0, 30.0, 400.0, 5000.0]), min_size=cells, max_size=cells))
+    current: dict[Key, tuple[CopyShare, ...]] = {}
+    room = {server.server_id: server.max_copies for server in servers}
+    for layer in range(num_layers):
+        for expert in range(num_experts):
+            wanted = draw(st.sets(st.sampled_from([server.server_id for server in servers])))
+            held = sorted(server_id for server_id in wanted if room[server_id])
+            for server_id in held:
+                room[server_id] -= 1
+            if held:
+                copies = tuple(CopyShare(server_id=server_id, share=1 / len(held)) for server_id in held)
+                current[(str(layer), expert)] = copies
+    load_LE = np.array(load).reshape(num_layers, num_experts)
+    return replace(make_input(load_LE, servers, current), min_copies=draw(st.integers(1, 2)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(planner_inputs())
+def test_every_plan_is_valid_and_its_steps_lead_to_it(inputs: PlannerInput) -> None:
+    found = plan(inputs)
+    active = {server.server_id: server for server in inputs.servers if not server.draining}
+    count = dict.fromkeys(active, 0)
+    for key, copies in found.copies.items():
+        assert copies, key
+        assert len(holders(found.copies, key)) == len(copies)
+        assert sum(copy.share for copy in copies) == pytest.approx(1)
+        for copy in copies:
+            assert copy.share > 0
+            count[copy.server_id] += 1
+    for server_id, server in active.items():
+        assert count[server_id] <= server.max_copies
+    everything = {(layer, expert) for layer in inputs.layers for expert in range(inputs.load_LE.shape[1])}
+    assert found.copies.keys() | set(found.missing) == everything
+    if found.missing:
+        assert sum(count.values()) == sum(server.max_copies for server in active.values()), "missing, yet there is room"
+
+    after = {key: holders(inputs.current, key) for key in everything}
+    for step in found.steps:
+        if isinstance(step, Load):
+            assert step.server_id not in after[step.key]
+            after[step.key].add(step.server_id)
+        elif isinstance(step, Unload):
+            after[step.key].remove(step.server_id)
+        else:
+            assert holders(inputs.current, step.key) == holders(found.copies, step.key)
+    for key, copies in found.copies.items():
+        assert after[key] == {copy.server_id for copy in copies}
+
+
+@settings(max_examples=80, deadline=None)
+@given(planner_inputs())
+def test_plans_come_to_rest(inputs: PlannerInput) -> None:
+    settle(inputs)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_steady_noise_moves_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    load_LE = rng.dirichlet(np.full(16, 0.5), size=4) * 1e5
+    inputs = make_input(load_LE, make_servers(4, 40))
+    inputs = replace(inputs, current=settle(inputs).copies)
+    moved = 0
+    for _ in range(20):
+        found = plan(replace(inputs, load_LE=load_LE * rng.normal(1, 0.02, load_LE.shape)))
+        moved += sum(isinstance(step, Load) for step in found.steps)
+        inputs = replace(inputs, current=found.copies)
+    assert moved <= 3, "of 64 experts, only those at the very edge of a threshold may move, once"
+
+
+def test_a_hot_expert_gets_copies_and_they_share_its_load() -> None:
+    inputs = make_input(skewed_load(1, 16, 0.3), make_servers(4, 16))
+    copies = settle(inputs).copies
+    assert len(copies[("0", 0)]) == 4
+    assert all(len(copies[("0", expert)]) == 1 for expert in range(1, 16))
+    assert balancedness(inputs.load_LE[0], {e: copies[("0", e)] for e in range(16)}, 4) > 0.9
+
+
+def test_an_expert_that_cooled_down_gives_its_copies_back() -> None:
+    inputs = make_input(skewed_load(1, 16, 0.3), make_servers(4, 16))
+    inputs = replace(inputs, current=settle(inputs).copies, load_LE=np.full((1, 16), 1e3))
+    assert all(len(copies) == 1 for copies in settle(inputs).copies.values())
+
+
+def test_silence_changes_nothing() -> None:
+    inputs = make_input(skewed_load(2, 16, 0.3), make_servers(4, 32))
+    inputs = replace(inputs, current=settle(inputs).copies, load_LE=np.zeros((2, 16)))
+    assert plan(inputs).steps == ()
+
+
+@pytest.mark.parametrize("total", [0.0, 1e5])
+def test_a_new_empty_server_gets_its_part(total: float) -> None:
+    inputs = make_input(np.full((3, 12), total / 12), make_servers(3, 36))
+    inputs = replace(inputs, current=settle(inputs).copies, servers=make_servers(4, 36))
+    copies = settle(inputs).copies
+    given_to_new = sum("s3" in holders(copies, key) for key in copies)
+    assert 6 <= given_to_new <= 12
+
+
+def test_sole_copies_of_a_dead_server_come_first_hottest_first() -> None:
+    load_LE = skewed_load(1, 12, 0.4)
+    load_LE[0, 1] = 3000
+    servers = make_servers(3, 12)
+    inputs = make_input(load_LE, servers)
+    before = settle(inputs).copies
+    dead = next(copy.server_id for copy in before[("0", 1)])
+    left = {key: tuple(copy for copy in held if copy.server_id != dead) for key, held in before.items()}
+    alone = {key for key, held in left.items() if not held}
+    survivors = tuple(server for server in servers if server.server_id != dead)
+    found = plan(replace(inputs, servers=survivors, current=left, max_moves=0))
+    loads = [step.key for step in found.steps if isinstance(step, Load)]
+    assert set(loads[: len(alone)]) == alone
+    weight = [load_LE[0, key[1]] for key in loads[: len(alone)]]
+    assert weight == sorted(weight, reverse=True)
+    assert found.copies.keys() == before.keys()
+
+
+def test_a_draining_servers_copies_move_to_the_others() -> None:
+    inputs = make_input(skewed_load(2, 8, 0.2), make_servers(3, 16))
+    before = settle(inputs).copies
+    draining = tuple(replace(server, draining=server.server_id == "s1") for server in inputs.servers)
+    found = plan(replace(inputs, current=before, servers=draining))
+    assert found.copies.keys() == before.keys()
+    assert all("s1" not in holders(found.copies, key) for key in found.copies)
+    loads = {step.key for step in found.steps if isinstance(step, Load)}
+    assert loads >= {key for key in before if holders(before, key) == {"s1"}}
+
+
+def test_without_room_the_most_loaded_are_placed_and_the_rest_reported() -> None:
+    load_LE = np.arange(1.0, 9.0).reshape(1, 8) * 100
+    found = plan(make_input(load_LE, make_servers(2, 3)))
+    assert {key[1] for key in found.copies} == {2, 3, 4, 5, 6, 7}
+    assert found.missing == (("0", 1), ("0", 0))
+
+
+def test_surplus_copies_give_way_to_experts_without_any() -> None:
+    load_LE = skewed_load(1, 4, 0.7)
+    current: dict[Key, tuple[CopyShare, ...]] = {}
+    current[("0", 0)] = (CopyShare(server_id="s0", share=0.5), CopyShare(server_id="s1", share=0.5))
+    current |= {("0", expert): (CopyShare(server_id=f"s{expert % 2}", share=1.0),) for expert in (1, 2)}
+    found = plan(replace(make_input(load_LE, make_servers(2, 2)), current=current))
+    assert not found.missing
+    assert len(found.copies[("0", 0)]) == 1
+    assert found.copies.keys() == {("0", expert) for expert in range(4)}
+
+
+def test_denied_copies_of_hot_experts_are_reported() -> None:
+    found = plan(make_input(skewed_load(1, 8, 0.5), make_servers(2, 4)))
+    assert found.wanted_copies == 1
+    assert not found.missing
+
+
+def test_a_blocked_copy_is_placed_elsewhere() -> None:
+    inputs = make_input(np.zeros((1, 1)), make_servers(2, 4))
+    assert holders(plan(replace(inputs, blocked=frozenset({(("0", 0), "s0")}))).copies, ("0", 0)) == {"s1"}
+    assert holders(plan(replace(inputs, blocked=frozenset({(("0", 0), "s1")}))).copies, ("0", 0)) == {"s0"}
+
+
+def test_max_moves_limits_what_only_improves_balance() -> None:
+    inputs = make_input(skewed_load(4, 16, 0.3), make_servers(4, 64))
+    first = plan(inputs)
+    inputs = replace(inputs, current=plan(replace(inputs, load_LE=np.zeros((4, 16)))).copies, max_moves=3)
+    assert sum(isinstance(step, Load) for step in plan(inputs).steps) == 3
+    assert len(first.copies) == 64
+
+
+def test_shares_follow_speed() -> None:
+    servers = (
+        PlannerServer(server_id="slow", max_copies=1, speed=1.0),
+        PlannerServer(server_id="fast", max_copies=1, speed=3.0),
+    )
+    inputs = replace(make_input(np.array([[1000.0]]), servers), min_copies=2)
+    shares = {copy.server_id: copy.share for copy in settle(inputs).copies[("0", 0)]}
+    assert shares["fast"] == pytest.approx(0.75, abs=0.08)
+
+
+def test_a_lasting_shift_of_load_is_met_by_reshares_alone_where_the_copies_are() -> None:
+    two = tuple(CopyShare(server_id=server_id, share=0.5) for server_id in ("s0", "s1"))
+    current: Copies = {
+        ("0", 0): two,
+        ("0", 1): (CopyShare(server_id="s0", share=1.0),),
+        ("0", 2): (CopyShare(server_id="s1", share=1.0),),
+    }
+    inputs = make_input(np.array([[5000.0, 3000.0, 1000.0]]), make_servers(2, 4), current)
+    found = plan(inputs)
+    assert [type(step) for step in found.steps] == [Reshare]
+    assert {copy.server_id: copy.share for copy in found.copies[("0", 0)]}["s1"] > 0.6
+
+
+def test_deepseek_v3_on_32_servers_is_planned_in_well_under_a_second() -> None:
+    load_LE = np.random.default_rng(0).dirichlet(np.full(256, 0.5), size=61) * 1e5
+    inputs = replace(make_input(load_LE, make_servers(32, 61 * 256 // 32 + 60)), max_moves=500)
+    inputs = replace(inputs, current=plan(inputs).copies)
+    started = time.process_time()
+    found = plan(inputs)
+    assert time.process_time() - started < 0.8
+    even = [balancedness(load_LE[row], {e: found.copies[(str(row), e)] for e in range(256)}, 32) for row in range(61)]
+    assert np.mean(even) > 0.85
