@@ -1,0 +1,31 @@
+"""What the batches of one router share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from protos.model import ModelSpec
+from router.config import RouterConfig
+from router.gate import Gate
+from router.shared import SharedExpert
+from router.snapshot import PlacementSnapshot
+from router.transport import Transport
+
+# A thread hand-over costs about 0.1 ms: work below this many multiply-adds (about 2 ms on one core) stays on the loop.
+OFFLOAD_FLOPS = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerContext:
+    """One router's model, settings, placement and streams; `count_demand(layer, pairs_E)` feeds its load report."""
+
+    spec: ModelSpec
+    config: RouterConfig
+    gates: Mapping[str, Gate]
+    shared: Mapping[str, SharedExpert]
+    snapshot: PlacementSnapshot
+    transport: Transport
+    rng: np.random.Generator
+    count_demand: Callable[[str, npt.NDArray[np.int64]], None]

@@ -1,0 +1,413 @@
+"""The conversation of one batch with the expert servers: send, add up what returns, re-plan what failed.
+
+The decisions are made elsewhere: which copy in `replicas.py`, the next move after an error in `retry.py`, what happens
+to pairs nobody takes in `capacity.py`.
+
+Shapes: T tokens of the merged batch, D model dim, K experts per token, P pairs of one message, R its rows.
+A pair's flat index is t * K + k.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from protos import expert_pb2
+from protos.codec import WIRE_DTYPES, tensor_bytes
+from protos.errors import ExpertmeshError, NoCopy, Overloaded
+from router.capacity import CapacityDecision, PairState, overflow_refused, tally
+from router.combine import combine, finish
+from router.context import OFFLOAD_FLOPS, LayerContext
+from router.dispatch import Dispatch, plan_dispatch, split_rows
+from router.gate import Routing
+from router.ledger import RequestLedger
+from router.merging import Batch, Result
+from router.retry import Move, next_move, retry_pause_s
+from router.table import PlacementTable
+from router.transport import Inbox, Reply, ServerLink, row_bytes
+
+IndexArray = npt.NDArray[np.int64]
+_NEVER = -(1 << 62)  # pairs left of a request that has failed: no settling reaches 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Sent:
+    """One call in flight."""
+
+    dispatch: Dispatch
+    link: ServerLink
+    call_id: int
+
+
+class Exchange:
+    """The conversation of one batch with the expert servers.
+
+    Every pair is in one place at a time: in flight (a `_Sent`), in a later wave, refused and waiting for its retry
+    time, absent (its expert has no live copy) or settled (computed, dropped or failed). The exchange ends when all are
+    settled or nobody waits for the answers any more.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        context: LayerContext,
+        table: PlacementTable,
+        routing: Routing,
+        decision: CapacityDecision,
+    ) -> None:
+        self.gate_s = 0.0
+        self._batch = batch
+        self._context = context
+        self._table = table
+        self._routing = routing
+        self._decision = decision
+        self._top_k = routing.expert_TK.shape[1]
+        self._y_TD = torch.zeros(batch.x_TD.shape, dtype=torch.float32)
+        self._shared_TD: Tensor | None = None
+        self._inbox = Inbox()
+        self._in_flight: dict[int, _Sent] = {}  # by id(sent)
+        self._refused: list[tuple[float, IndexArray]] = []  # (not before, pairs)
+        self._refusals = 0
+        self._absent: IndexArray = np.empty(0, dtype=np.int64)
+        self._excluded: set[str] = set()  # servers this batch gave up on, until the placement changes
+        self._full: set[str] = set()  # servers that refused, until the refused pairs are offered again
+        self._changed = False  # the placement, since we last looked
+        self._wave = 0
+        self._retried_T = np.zeros(len(batch.x_TD), dtype=np.int64)
+        self._servers: set[str] = set()
+        self._tokens = np.asarray(batch.offsets)
+        # Weights as they are sent. A later change of a token's weights scales its row at the end (see _reweigh).
+        self._weight_TK = decision.weight_TK
+        self._scale_T: npt.NDArray[np.float32] | None = None
+        # Pairs a request still waits for, plus 1 for its share of the shared expert's output.
+        self._plain = decision.num_waves == 1 and not decision.state_TK.any()
+        unsettled_T = np.full(len(batch.x_TD), self._top_k)
+        if not self._plain:
+            unsettled_T -= (decision.state_TK == PairState.DROPPED).sum(axis=1)
+        self._left = np.add.reduceat(unsettled_T, self._tokens[:-1]) + 1
+        self._sent_s = time.monotonic()
+
+    async def run(self) -> None:
+        """Send, receive, re-plan, until every request has its answer."""
+        batch = self._batch
+        batch.on_abandoned = self._inbox.wake
+        with self._context.snapshot.listening(self._on_change):
+            try:
+                if self._plain:
+                    self._send(None)
+                else:
+                    self._settle_failed()
+                    self._absent = self._pairs_in(PairState.ABSENT)
+                    self._send(self._wave_pairs(0))
+                await self._compute_shared()
+                while batch.alive and (self._in_flight or self._waiting()):
+                    self._release()
+                    reply = await self._inbox.next(self._patience_s())
+                    if reply is not None:
+                        self._receive(reply)
+            finally:
+                for sent in self._in_flight.values():
+                    sent.link.cancel([sent.call_id])
+
+    # ------------------------------------------------------------------ sending
+
+    def _send(self, pairs_P: IndexArray | None) -> None:
+        """Plan and send pairs (None: all); those no server may take go to the overflow or unavailability policy."""
+        if pairs_P is not None and not len(pairs_P):
+            return
+        table, links = self._table, self._context.transport.links
+        in_flight = [
+            links[server.server_id].tokens_in_flight if server.server_id in links else 0 for server in table.servers
+        ]
+        plan = plan_dispatch(
+            self._decision.expert_TK,
+            self._weight_TK,
+            table.layer(self._batch.layer),
+            load_S=np.array(in_flight, dtype=np.float64),
+            rng=self._context.rng,
+            pairs_P=pairs_P,
+            excluded_S=self._excluded_mask(),
+            capacity=self._decision.capacity,
+        )
+        max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._batch.x_TD))
+        timeout_s = self._deadline_s() - time.monotonic()
+        for dispatch in plan.dispatches:
+            for block in split_rows(dispatch, max_rows):
+                self._send_block(block, timeout_s)
+        if len(plan.unplaced_P):
+            self._place_nowhere(plan.unplaced_P)
+
+    def _send_block(self, block: Dispatch, timeout_s: float) -> None:
+        server_id = self._table.servers[block.server].server_id
+        link = self._context.transport.links.get(server_id)
+        if link is None:  # it left the placement after this batch took its snapshot
+            self._excluded.add(server_id)
+            self._retry(block.pair_index_P)
+            return
+        x_TD, dtype = self._batch.x_TD, WIRE_DTYPES[self._batch.x_TD.dtype]
+        partial_dtype = dtype if self._context.config.partial_dtype == "model" else WIRE_DTYPES[torch.float32]
+        x_RD = x_TD if len(block.row_R) == len(x_TD) else x_TD[torch.from_numpy(block.row_R)]
+        head = expert_pb2.ComputeRequest(
+            layer=self._batch.layer,
+            epoch=self._table.epoch,
+            num_rows=len(block.row_R),
+            dtype=dtype,
+            partial_dtype=partial_dtype,
+            timeout_s=max(timeout_s, 1e-3),
+            pair_row=block.pair_row_P.tobytes(),
+            pair_expert=block.pair_expert_P.tobytes(),
+            pair_weight=block.pair_weight_P.tobytes(),
+        )
+        sent = _Sent(dispatch=block, link=link, call_id=0)
+        self._in_flight[id(sent)] = sent
+        sent.call_id = link.send(head, tensor_bytes(x_RD), dim=x_TD.shape[1], inbox=self._inbox, tag=sent)
+
+    async def _compute_shared(self) -> None:
+        """The shared expert, while the routed rows are away; then every request waits for its pairs only."""
+        shared = self._context.shared.get(self._batch.layer)
+        if shared is not None:
+            spec = self._context.spec.shared
+            assert spec is not None, "a layer has a shared expert only if the model has"
+            if self._batch.x_TD.numel() * spec.hidden_dim * 3 < OFFLOAD_FLOPS:
+                self._shared_TD = shared(self._batch.x_TD)
+            else:
+                self._shared_TD = await asyncio.to_thread(shared, self._batch.x_TD)
+        self._left -= 1
+        self._answer_finished()
+
+    # ------------------------------------------------------------------ receiving
+
+    def _receive(self, reply: Reply) -> None:
+        sent = reply.tag
+        assert isinstance(sent, _Sent), "the tag of every call of this inbox"
+        del self._in_flight[id(sent)]
+        pairs_P = sent.dispatch.pair_index_P
+        if reply.partial_RD is not None:
+            self._servers.add(reply.server_id)
+            combine(self._y_TD, reply.partial_RD, sent.dispatch.row_R)
+            self._settle(pairs_P)
+            return
+        assert reply.error is not None, "a reply is a partial sum or an error"
+        move = next_move(reply.error)
+        if move is Move.FAIL:
+            self._fail(pairs_P, reply.error)
+        elif move is Move.OVERFLOW and "copy" not in self._batch.requests[0].overflow.chain:
+            self._full.add(reply.server_id)
+            self._overflow(pairs_P, reply.error.retry_after_s)
+        else:
+            if move is Move.OVERFLOW:
+                self._full.add(reply.server_id)
+            else:
+                self._excluded.add(reply.server_id)
+            self._retry(pairs_P)
+
+    def _retry(self, pairs_P: IndexArray) -> None:
+        """Send pairs again, to servers this batch has not given up on."""
+        np.add.at(self._retried_T, pairs_P // self._top_k, 1)
+        self._look_again()
+        self._send(pairs_P)
+
+    def _place_nowhere(self, pairs_P: IndexArray) -> None:
+        """Pairs whose every copy is gone or refused."""
+        layer = self._table.layer(self._batch.layer)
+        expert_P = self._decision.expert_TK.ravel()[pairs_P]
+        alive = layer.without(self._mask(self._excluded)) if self._excluded else layer
+        full = alive.num_copies_E[expert_P] > 0
+        if full.any():
+            self._overflow(pairs_P[full], 0.0)
+        if not full.all():
+            self._walk(pairs_P[~full], unavailable=True)
+
+    def _overflow(self, pairs_P: IndexArray, retry_after_s: float) -> None:
+        """Pairs that every copy refused walk the overflow chain; those that wait are offered again after a pause."""
+        self._refusals += 1
+        now_s = time.monotonic()
+        pause_s = retry_pause_s(retry_after_s, attempt=self._refusals, jitter=float(self._context.rng.random()))
+        waiting = self._walk(pairs_P, unavailable=False, may_wait=now_s + pause_s < self._deadline_s())
+        if len(waiting):
+            self._refused.append((now_s + pause_s, waiting))
+
+    def _walk(self, pairs_P: IndexArray, *, unavailable: bool, may_wait: bool = True) -> IndexArray:
+        """Let pairs walk the rest of their chain; returns those that wait for room."""
+        self._plain = False
+        blocked = self._excluded | self._full
+        layer = self._table.layer(self._batch.layer)
+        usable = layer.without(self._mask(blocked)) if blocked else layer
+        before = self._decision
+        self._decision = after = overflow_refused(
+            before,
+            pairs_P,
+            self._routing,
+            usable,
+            self._batch.requests[0].overflow,
+            gate=self._context.gates[self._batch.layer],
+            unavailable=unavailable,
+            may_wait=may_wait,
+        )
+        self._reweigh(pairs_P)
+        state_P = after.state_TK.ravel()[pairs_P]
+        self._settle(pairs_P[state_P == PairState.DROPPED])
+        failed = pairs_P[state_P == PairState.FAILED]
+        if len(failed):
+            expert = int(before.expert_TK.ravel()[failed[0]])
+            where = f"expert {expert} of layer {self._batch.layer}"
+            error: ExpertmeshError = (
+                NoCopy(f"{where} has no live copy at epoch {self._table.epoch}")
+                if unavailable
+                else Overloaded(f"{where}: every copy is full and the overflow chain ends in fail")
+            )
+            self._fail(failed, error)
+        self._send(pairs_P[state_P == PairState.REROUTED])
+        if unavailable:
+            self._absent = np.union1d(self._absent, pairs_P[state_P == PairState.ABSENT])
+        waiting_P: IndexArray = pairs_P[state_P == PairState.WAITED]
+        return waiting_P
+
+    def _reweigh(self, walked_P: IndexArray) -> None:
+        """Take over the weights of a new decision for tokens that have terms on the way already.
+
+        What was sent carries the old weights. The gate gives the other terms of such a token new weights that differ
+        by one common factor (a renormalisation), so the factor is applied to the row's sum at the end, and what is
+        sent from now on is divided by it.
+        """
+        new_TK = self._decision.weight_TK
+        old_TK, self._weight_TK = self._weight_TK, self._weight_TK.copy()
+        if self._scale_T is None:
+            self._scale_T = np.ones(len(new_TK), dtype=np.float32)
+        walked_TK = np.zeros(new_TK.shape, dtype=np.bool_)
+        walked_TK.ravel()[walked_P] = True
+        sent_TK = np.where(walked_TK | (self._decision.state_TK >= PairState.DROPPED), 0.0, old_TK)
+        for token in np.unique(walked_P // self._top_k).tolist():
+            k = int(np.abs(sent_TK[token]).argmax())
+            if sent_TK[token, k] != 0.0:
+                self._scale_T[token] = new_TK[token, k] / sent_TK[token, k]
+                walked_K = walked_TK[token]
+                self._weight_TK[token, walked_K] = new_TK[token, walked_K] / self._scale_T[token]
+            else:
+                self._scale_T[token] = 1.0
+                self._weight_TK[token] = new_TK[token]
+
+    # ------------------------------------------------------------------ waiting
+
+    def _deadline_s(self) -> float:
+        return max(request.deadline_s for request in self._batch.requests)
+
+    def _waiting(self) -> bool:
+        return bool(len(self._absent) or self._refused or self._wave < self._decision.num_waves - 1)
+
+    def _release(self) -> None:
+        """Send what may go now: the next wave, refused pairs whose time has come, pairs whose expert came back."""
+        now_s = time.monotonic()
+        if self._changed:
+            self._changed = False
+            self._excluded.clear()
+            self._look_again()
+            if len(self._absent):
+                pairs_P, self._absent = self._absent, self._absent[:0]
+                self._send(pairs_P)
+        ready = [pairs_P for when_s, pairs_P in self._refused if when_s <= now_s]
+        if ready:
+            self._refused = [entry for entry in self._refused if entry[0] > now_s]
+            self._full.clear()
+            self._retry(np.sort(np.concatenate(ready)))
+        if not self._in_flight and self._wave < self._decision.num_waves - 1:
+            self._wave += 1
+            self._send(self._wave_pairs(self._wave))
+
+    def _patience_s(self) -> float:
+        """Seconds until there may be something to do without a reply."""
+        now_s = time.monotonic()
+        next_s = min((when_s for when_s, _ in self._refused), default=now_s + 3600.0)
+        return max(0.0, next_s - now_s) if self._in_flight or self._waiting() else 0.0
+
+    def _on_change(self) -> None:
+        self._changed = True
+        self._inbox.wake()
+
+    def _look_again(self) -> None:
+        """Use the newest placement for what is sent from now on."""
+        self._table = self._context.snapshot.current
+
+    def _excluded_mask(self) -> npt.NDArray[np.bool_] | None:
+        blocked = self._excluded | self._full
+        return self._mask(blocked) if blocked else None
+
+    def _mask(self, server_ids: set[str]) -> npt.NDArray[np.bool_]:
+        return np.array([server.server_id in server_ids for server in self._table.servers], dtype=np.bool_)
+
+    def _pairs_in(self, state: PairState) -> IndexArray:
+        pairs_P: IndexArray = np.flatnonzero(self._decision.state_TK == state)
+        return pairs_P
+
+    def _wave_pairs(self, wave: int) -> IndexArray:
+        chosen_TK = (self._decision.wave_TK == wave) & (self._decision.state_TK < PairState.DROPPED)
+        pairs_P: IndexArray = np.flatnonzero(chosen_TK)
+        return pairs_P
+
+    # ------------------------------------------------------------------ answering
+
+    def _settle(self, pairs_P: IndexArray) -> None:
+        """Pairs are done; requests that waited for nothing else get their answer."""
+        if not len(pairs_P):
+            return
+        if len(self._left) == 1:
+            self._left[0] -= len(pairs_P)
+        else:
+            request_P = np.searchsorted(self._tokens, pairs_P // self._top_k, side="right") - 1
+            self._left -= np.bincount(request_P, minlength=len(self._left))
+        self._answer_finished()
+
+    def _answer_finished(self) -> None:
+        for i in np.flatnonzero(self._left == 0).tolist():
+            self._left[i] = -1
+            if not self._batch.requests[i].done:
+                self._batch.requests[i].finish(self._result(i))
+
+    def _result(self, i: int) -> Result:
+        request, rows = self._batch.requests[i], slice(self._batch.offsets[i], self._batch.offsets[i + 1])
+        decision = self._decision
+        num_pairs = request.num_tokens * self._top_k
+        ledger = RequestLedger(
+            pairs=num_pairs,
+            computed=num_pairs,
+            retried=int(self._retried_T[rows].sum()),
+            epoch=self._table.epoch,
+            batch_tokens=len(self._batch.x_TD),
+            num_servers=len(self._servers),
+            queue_s=self._batch.started_s - request.arrived_s,
+            gate_s=self.gate_s,
+            experts_s=time.monotonic() - self._sent_s,
+        )
+        if not self._plain:
+            counts = tally(decision, self._routing, rows)
+            for name in ("computed", "copied", "waited", "rerouted", "dropped", "dropped_gate_mass"):
+                setattr(ledger, name, getattr(counts, name))
+        y_TD, weight_TK = self._y_TD[rows], self._weight_TK[rows]
+        if self._scale_T is not None:
+            scale_T1 = self._scale_T[rows, None]
+            y_TD, weight_TK = y_TD * torch.from_numpy(scale_T1), weight_TK * scale_T1
+        shared_TD = None if self._shared_TD is None else self._shared_TD[rows]
+        return Result(
+            y_TD=finish(y_TD, shared_TD, dtype=request.x_TD.dtype),
+            ledger=ledger,
+            routing=Routing(expert_TK=decision.expert_TK[rows], weight_TK=weight_TK)
+            if request.return_routing
+            else None,
+        )
+
+    def _settle_failed(self) -> None:
+        failed = self._pairs_in(PairState.FAILED)
+        if len(failed):
+            limit = self._decision.capacity
+            self._fail(failed, Overloaded(f"layer {self._batch.layer}: capacity of {limit} pairs per copy is full"))
+
+    def _fail(self, pairs_P: IndexArray, error: ExpertmeshError) -> None:
+        """Fail the requests these pairs belong to; the others of the batch go on."""
+        request_P = np.searchsorted(self._tokens, pairs_P // self._top_k, side="right") - 1
+        for i in np.unique(request_P).tolist():
+            self._left[i] = _NEVER
+            self._batch.requests[i].finish(error)

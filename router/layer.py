@@ -1,0 +1,49 @@
+"""The request path: a batch becomes its answers by gate, capacity, dispatch and combine.
+
+Each step is decided in a module of its own: `gate.py` who goes where, `capacity.py` who keeps its place, `exchange.py`
+(with `dispatch.py`, `replicas.py` and `combine.py`) what travels, what returns and what happens on a failure.
+"""
+
+import asyncio
+import time
+
+import numpy as np
+
+from router.capacity import apply_capacity
+from router.context import OFFLOAD_FLOPS, LayerContext
+from router.exchange import Exchange
+from router.gate import Routing
+from router.merging import Batch
+
+
+async def run_batch(batch: Batch, context: LayerContext) -> None:
+    """Compute one batch and answer its requests. Never raises for what a request or a server did wrong."""
+    table = context.snapshot.current  # one epoch for the whole batch, unless a failure makes it look again
+    with context.snapshot.hold(table.epoch):
+        began_s = time.monotonic()
+        routing = await _route(batch, context)
+        context.count_demand(batch.layer, np.bincount(routing.expert_TK.ravel(), minlength=context.spec.num_experts))
+        overflow = batch.requests[0].overflow
+        decision = apply_capacity(
+            routing, table.layer(batch.layer), overflow, gate=context.gates[batch.layer], rng=context.rng
+        )
+        exchange = Exchange(batch, context, table, routing, decision)
+        exchange.gate_s = time.monotonic() - began_s
+        await exchange.run()
+
+
+async def _route(batch: Batch, context: LayerContext) -> Routing:
+    """The routing that requests of this batch brought, or the gate's."""
+    given = [request.routing for request in batch.requests if request.routing is not None]
+    if given:
+        if len(given) == 1:
+            return given[0]
+        return Routing(
+            expert_TK=np.concatenate([routing.expert_TK for routing in given]),
+            weight_TK=np.concatenate([routing.weight_TK for routing in given]),
+        )
+    gate = context.gates[batch.layer]
+    with_scores = batch.requests[0].overflow.needs_scores
+    if batch.x_TD.shape[0] * context.spec.dim * context.spec.num_experts < OFFLOAD_FLOPS:
+        return gate(batch.x_TD, with_scores=with_scores)
+    return await asyncio.to_thread(gate, batch.x_TD, with_scores=with_scores)
