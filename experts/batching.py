@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from protos.errors import InvalidRequest, Overloaded
+from protos.errors import Overloaded
 
 P = TypeVar("P")
 
@@ -55,16 +55,14 @@ class Batcher(Generic[P]):
     def admit(self, call: Call[P]) -> None:
         """Queue a call.
 
+        A call larger than the whole budget is taken when the queue is empty: it could never be admitted otherwise, and
+        messages are bounded.
+
         Raises:
             Overloaded: the queue is full; retry_after_s estimates, from the measured rate, when it has room.
-            InvalidRequest: the call alone is larger than the whole budget, so no wait would help.
         """
-        if call.num_tokens > self.max_queue_tokens:
-            raise InvalidRequest(
-                f"call of {call.num_tokens} routed pairs exceeds max_queue_tokens ({self.max_queue_tokens})"
-            )
         excess = self.queue_tokens + call.num_tokens - self.max_queue_tokens
-        if excess > 0:
+        if excess > 0 and self.queue_tokens > 0:
             raise Overloaded(
                 f"{call.num_tokens} routed pairs on top of {self.queue_tokens} queued exceed "
                 f"max_queue_tokens ({self.max_queue_tokens})",

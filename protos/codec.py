@@ -49,7 +49,7 @@ def tensor_bytes(x: Tensor) -> memoryview:
     if flat.dtype is not torch.float32:
         flat = flat.view(torch.int16)
     array: Any = flat.numpy()
-    return memoryview(array).cast("B")
+    return memoryview(array).cast("B") if flat.numel() else memoryview(b"")
 
 
 def read_tensor(data: Buffer, dtype: common_pb2.DType, shape: tuple[int, ...], *, name: str) -> Tensor:
