@@ -7,15 +7,14 @@ standard input closes.
 import argparse
 import json
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 from experts.config import ExpertServerConfig
 from experts.service import ExpertServer
 from protos.checkpoint import read_model
 from protos.errors import ExpertmeshError, InvalidRequest
+from protos.loops import wait_for_end
 from protos.model import ModelSpec
 
 
@@ -53,20 +52,11 @@ def main() -> int:
     except (ExpertmeshError, ValueError) as err:
         print(err, file=sys.stderr)
         return 2
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True).start()
     print(json.dumps({"server_id": server.server_id, "address": address, "pid": os.getpid(), "copies": len(copies)}))
     sys.stdout.flush()
-    stop.wait()
+    wait_for_end()
     server.stop(grace_s=5)
     return 0
-
-
-def _wait_for_end_of_input(stop: threading.Event) -> None:
-    sys.stdin.read()
-    stop.set()
 
 
 if __name__ == "__main__":

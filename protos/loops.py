@@ -1,6 +1,8 @@
-"""A thread that runs one asyncio event loop: the data path of a server, apart from its embedder's loop."""
+"""Threads and loops of a server process: the data path on a loop of its own, and waiting for the end."""
 
 import asyncio
+import signal
+import sys
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -54,3 +56,17 @@ class LoopThread:
                 self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+
+
+def wait_for_end() -> None:
+    """Block the main thread until SIGTERM, SIGINT or the end of standard input."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    threading.Thread(target=_read_to_end, args=(ended,), daemon=True).start()
+    ended.wait()
+
+
+def _read_to_end(ended: threading.Event) -> None:
+    sys.stdin.read()
+    ended.set()

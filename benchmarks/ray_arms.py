@@ -1,0 +1,97 @@
+"""What a Ray user would write first: the same dispatch to plain actors, and to Serve deployment handles."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import serve
+from torch import Tensor
+
+from experts.compute import partial_sums
+from experts.weights import ExpertCopy
+from protos.checkpoint import Checkpoint, read_model
+from router.dispatch import plan_dispatch
+from router.gate import Gate
+from router.table import PlacementTable
+
+RayCall = Callable[[Gate, Tensor], Awaitable[Tensor]]
+
+
+class Experts:
+    """Holds some experts and computes partial sums for the rows it is sent."""
+
+    def __init__(self, model: str, experts: list[int]) -> None:
+        torch.set_num_threads(1)
+        spec = read_model(Path(model))
+        checkpoint = Checkpoint(spec)
+        self._copies = {}
+        for expert in experts:
+            weights = checkpoint.expert(spec.layers[0], expert)
+            self._copies[expert] = ExpertCopy(
+                w13_2FD=torch.cat((weights.gate_FD, weights.up_FD)), w2_DF=weights.down_DF
+            )
+
+    def compute(self, x_RD: Any, pair_row: Any, pair_expert: Any, pair_weight: Any) -> Any:
+        """Partial sums as a numpy array [R, D]."""
+        return partial_sums(torch.from_numpy(x_RD), pair_row, pair_expert, pair_weight, self._copies).numpy()
+
+
+def start_ray_arms(
+    stack: ExitStack, model: Path, experts: list[list[int]], table: PlacementTable
+) -> dict[str, RayCall]:
+    """Start a local Ray with both variants; returns {"actors": call, "serve": call}."""
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}},
+    )
+    stack.callback(ray.shutdown)
+    actors = [ray.remote(num_cpus=0)(Experts).remote(str(model), held) for held in experts]
+    handles = [
+        serve.run(
+            serve.deployment(Experts, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
+            .options(name=f"Experts{i}")
+            .bind(str(model), held),
+            name=f"app{i}",
+            route_prefix=None,
+        )
+        for i, held in enumerate(experts)
+    ]
+    stack.callback(serve.shutdown)
+    layer = table.layer("0")
+
+    def caller(send: Callable[..., Awaitable[Any]]) -> RayCall:
+        async def call(gate: Gate, x_TD: Tensor) -> Tensor:
+            routing = gate(x_TD)
+            plan = plan_dispatch(
+                routing.expert_TK,
+                routing.weight_TK,
+                layer,
+                load_S=np.zeros(len(experts)),
+                rng=np.random.default_rng(0),
+            )
+            replies = [
+                send(d.server, x_TD.numpy()[d.row_R], d.pair_row_P, d.pair_expert_P, d.pair_weight_P)
+                for d in plan.dispatches
+            ]
+            y_TD = torch.zeros(x_TD.shape)
+            for dispatch, partial_RD in zip(plan.dispatches, await asyncio.gather(*replies), strict=True):
+                y_TD.index_add_(0, torch.from_numpy(dispatch.row_R.astype(np.int64)), torch.tensor(partial_RD))
+            return y_TD
+
+        return call
+
+    async def to_actor(server: int, *args: Any) -> Any:
+        return await actors[server].compute.remote(*args)
+
+    async def to_handle(server: int, *args: Any) -> Any:
+        return await handles[server].compute.remote(*args)
+
+    return {"actors": caller(to_actor), "serve": caller(to_handle)}
