@@ -125,10 +125,6 @@ def split_rows(dispatch: Dispatch, max_rows: int) -> list[Dispatch]:
     return blocks
 
 
-_ROW_ZERO = np.zeros(1, dtype=np.int32)
-_ROW_ZERO.flags.writeable = False
-
-
 def _plan_one_token(
     server_P: IntArray, expert_P: IntArray, weight_P: FloatArray, pairs_P: npt.NDArray[np.int64]
 ) -> DispatchPlan:
@@ -143,7 +139,7 @@ def _plan_one_token(
         dispatches.append(
             Dispatch(
                 server=server,
-                row_R=_ROW_ZERO,
+                row_R=np.zeros(1, dtype=np.int32),
                 pair_row_P=np.zeros(len(held), dtype=np.int32),
                 pair_expert_P=expert_P if whole else expert_P[held],
                 pair_weight_P=weight_P if whole else weight_P[held],
