@@ -16,6 +16,8 @@ from router.config import Keep, OverflowConfig, Step, UnavailableStep
 from router.gate import Gate, Routing
 from router.table import CopyShare, LayerPlacement, PlacementTable, ServerAddress
 
+torch.set_num_threads(1)  # tensors of a few elements: more threads only wait for each other
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
@@ -65,14 +67,16 @@ def tables(
     """A table of layer "0" in which every expert has between min_copies and max_copies live copies."""
     num_servers = draw(st.integers(max(1, min_copies), max_servers))
     names = [f"s{i}" for i in range(num_servers)]
-    copies = {}
-    for expert in range(num_experts):
-        held = draw(
-            st.lists(st.sampled_from(names), unique=True, min_size=min_copies, max_size=min(max_copies, num_servers))
+    # Drawn by seed, not entry by entry: ten times faster, and there is little to shrink in a placement.
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    most = min(max_copies, num_servers)
+    copies = {
+        ("0", expert): tuple(
+            CopyShare(server_id=names[server], share=float(rng.choice([0.1, 0.5, 1.0])))
+            for server in rng.permutation(num_servers)[: rng.integers(min_copies, most + 1)]
         )
-        copies["0", expert] = tuple(
-            CopyShare(server_id=name, share=draw(st.sampled_from([0.1, 0.5, 1.0]))) for name in held
-        )
+        for expert in range(num_experts)
+    }
     servers = tuple(ServerAddress(server_id=name, address=f"{name}:1") for name in names)
     return PlacementTable(epoch=1, servers=servers, copies=copies, num_experts=num_experts)
 
