@@ -9,7 +9,7 @@ loaded). Make before break, in three rules:
 
 The state is soft. After a restart servers register with what they hold and routers with the epoch they use; until
 everyone known has spoken (or `settle_s` is over) nothing is published, planned or unloaded.
-Time is an argument everywhere (`now_s`, monotonic seconds); callers compare `epoch` and `assignment(...).version`.
+Time is an argument everywhere (`now_s`, monotonic seconds). After an event, callers compare `revision`.
 """
 
 import math
@@ -51,6 +51,7 @@ class _Server:
     applied: int = 0  # the assignment version whose unloads the server has done
     seq: int = 0
     draining: bool = False
+    released: bool = False
     assigned: dict[Key, int] = field(default_factory=dict)  # copy -> version that asked for it
     live: set[Key] = field(default_factory=set)  # observed, and not about to be unloaded
     waiting: dict[Key, None] = field(default_factory=dict)  # planned, no bytes free yet
@@ -113,6 +114,11 @@ class Fleet:
         return self._table
 
     @property
+    def revision(self) -> tuple[int, ...]:
+        """Changes with the table, with any assignment and when the fleet has settled."""
+        return (self._table.epoch, self.settled, *(server.version for server in self._servers.values()))
+
+    @property
     def servers(self) -> tuple[ServerHello, ...]:
         return tuple(server.hello for server in self._servers.values())
 
@@ -148,9 +154,7 @@ class Fleet:
         server = self._servers.get(server_id)
         if server is None:
             return None
-        return Assignment(
-            version=server.version, copies=tuple(server.assigned), released=self._closing or self._is_released(server)
-        )
+        return Assignment(version=server.version, copies=tuple(server.assigned), released=server.released)
 
     # Events.
 
@@ -219,7 +223,6 @@ class Fleet:
         """The server wants to leave: its copies move away, then its assignment says `released`."""
         if server_id in self._servers:
             self._servers[server_id].draining = True
-            self._servers[server_id].version += 1  # wakes its poll
             self._advance(now_s)
 
     def remove_server(self, server_id: str, now_s: float) -> None:
@@ -264,22 +267,24 @@ class Fleet:
         self._dirty |= changed
         self._advance(now_s)
 
-    def close(self) -> None:
+    def close(self, now_s: float) -> None:
         """The application is going away: every server may stop at once."""
         self._closing = True
-        for server in self._servers.values():
-            server.version += 1
+        self._advance(now_s)
 
     # The rules.
 
     def _advance(self, now_s: float) -> None:
         self._settle(now_s)
-        if not self.settled:
-            return
-        self._publish()
-        oldest = min((router.oldest for router in self._routers.values()), default=math.inf)
+        if self.settled:
+            self._publish()
+            oldest = min((router.oldest for router in self._routers.values()), default=math.inf)
+            for server in self._servers.values():
+                self._assign(server, oldest)
         for server in self._servers.values():
-            self._assign(server, oldest)
+            released = self._is_released(server)
+            server.version += released != server.released
+            server.released = released
 
     def _settle(self, now_s: float) -> None:
         if self.settled or not self._servers:
@@ -355,8 +360,8 @@ class Fleet:
         self._holders.get(key, set()).discard(server.hello.server_id)
 
     def _is_released(self, server: _Server) -> bool:
-        if not server.draining:
-            return False
+        if self._closing or not server.draining:
+            return self._closing
         if all(other.draining for other in self._servers.values()):
             return True  # nobody is left to take over
         return self.settled and not server.live and not server.retiring

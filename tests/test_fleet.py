@@ -234,7 +234,7 @@ def test_the_last_servers_and_a_closing_application_are_released_at_once() -> No
     assert found.released
 
     fleet, *_ = two_servers_and_a_router()
-    fleet.close()
+    fleet.close(1.0)
     found = fleet.assignment("b")
     assert found is not None
     assert found.released

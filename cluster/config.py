@@ -1,0 +1,189 @@
+"""One YAML file describes a cluster: the model, the routers, the pool of expert servers, the placement."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from experts.config import ExpertServerConfig
+from protos.errors import InvalidRequest
+from router.config import RouterConfig
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RouterPoolConfig(_Config):
+    """Router processes and where they listen."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        description="interface of the gRPC and HTTP endpoints; 0.0.0.0 opens them to other machines",
+    )
+    port: int = Field(
+        default=0, ge=0, le=65535, description="gRPC port, shared by all routers of a node (SO_REUSEPORT); 0: any"
+    )
+    http_port: int = Field(
+        default=8000, ge=1, le=65535, description="port of Serve's HTTP proxy, which has /status and /healthz"
+    )
+    num_replicas: int = Field(default=1, ge=1, description="router processes; they share nothing but the table")
+    num_cpus: float = Field(default=0.5, ge=0, description="CPU cores that Ray reserves for one router")
+    settings: RouterConfig = Field(default=RouterConfig(), description="how one router works")
+
+    @model_validator(mode="after")
+    def _one_free_port_for_one_router(self) -> Self:
+        if self.num_replicas > 1 and self.port == 0:
+            raise ValueError(f"num_replicas ({self.num_replicas}) needs a fixed port to share, but port is 0")
+        return self
+
+
+class PoolConfig(_Config):
+    """The expert servers: how many, on what, and how they work."""
+
+    min_servers: int = Field(default=2, ge=1, description="expert servers at least; two survive the loss of one")
+    max_servers: int = Field(default=4, ge=1, description="expert servers at most")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for one server; 0 computes on CPU")
+    num_cpus: float = Field(default=0.5, ge=0, description="CPU cores that Ray reserves for one server")
+    max_servers_per_node: int | None = Field(
+        default=None, ge=1, le=100, description="servers on one node at most; 1 makes a node's loss cost one server"
+    )
+    drain_timeout_s: float = Field(
+        default=20.0, gt=0, description="seconds a leaving server waits for others to take over its copies"
+    )
+    settings: ExpertServerConfig = Field(default=ExpertServerConfig(), description="how one expert server works")
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.max_servers < self.min_servers:
+            raise ValueError(f"max_servers ({self.max_servers}) is below min_servers ({self.min_servers})")
+        return self
+
+
+class PlacementConfig(_Config):
+    """How the placement sees its servers and moves copies."""
+
+    heartbeat_s: float = Field(
+        default=0.25, gt=0, le=5, description="seconds between reports; what load and liveness are seen with"
+    )
+    dead_after_s: float = Field(
+        default=3.0, gt=0, description="seconds of silence after which a server is gone; routers notice losses sooner"
+    )
+    settle_s: float = Field(
+        default=2.0, ge=0, description="seconds a (re)started placement waits at most for everyone to report"
+    )
+    plan_interval_s: float = Field(
+        default=0.25, gt=0, description="seconds between plans; changes of members plan at once"
+    )
+    min_copies: int = Field(
+        default=1, ge=1, description="live copies of every expert; 2 survives any one server's loss"
+    )
+    max_copies: int | None = Field(default=None, ge=1, description="copies of one expert at most; null: one per server")
+    max_moves: int = Field(
+        default=16, ge=0, description="loads per plan that only improve balance; bounds the bytes a re-plan moves"
+    )
+    hot_factor: float = Field(
+        default=1.5, gt=0, description="a copy should carry at most this many times the mean expert's load"
+    )
+    cool_factor: float = Field(
+        default=1.2, gt=0, description="a copy goes once the others would carry less than this many times the mean"
+    )
+    imbalance: float = Field(
+        default=1.2, ge=1, description="most loaded server over the mean from which copies move; 1 chases noise"
+    )
+    min_pairs_per_s: float = Field(
+        default=50.0, ge=0, description="routed pairs per second of a layer below which its heat is noise"
+    )
+    load_rise_s: float = Field(
+        default=0.3, gt=0, description="time constant for rising load: a hot spot counts at once"
+    )
+    load_fall_s: float = Field(
+        default=5.0, gt=0, description="time constant for falling load: a pause keeps its copies"
+    )
+
+    @model_validator(mode="after")
+    def _thresholds_in_order(self) -> Self:
+        if self.cool_factor > self.hot_factor:
+            raise ValueError(f"cool_factor ({self.cool_factor}) is above hot_factor ({self.hot_factor})")
+        if self.max_copies is not None and self.max_copies < self.min_copies:
+            raise ValueError(f"max_copies ({self.max_copies}) is below min_copies ({self.min_copies})")
+        if self.dead_after_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"dead_after_s ({self.dead_after_s}) is below two heartbeats (heartbeat_s is {self.heartbeat_s})"
+            )
+        return self
+
+
+class ScalingConfig(_Config):
+    """When the pool grows and shrinks."""
+
+    target_busy: float = Field(default=0.6, gt=0, le=1, description="mean busy share of the servers to aim for")
+    upscale_busy: float = Field(
+        default=0.8, gt=0, le=1, description="mean busy share from which servers are added; the gap keeps it steady"
+    )
+    drain_backlog_s: float = Field(default=1.0, gt=0, description="seconds in which a backlog should be worked off")
+    downscale_delay_s: float = Field(
+        default=30.0, ge=0, description="seconds the need must have been lower before servers go"
+    )
+    metrics_interval_s: float = Field(
+        default=0.1, gt=0, description="seconds between a server's load reports to Serve; decides how fast it reacts"
+    )
+    look_back_s: float = Field(default=0.3, gt=0, description="seconds over which Serve averages those reports")
+
+    @model_validator(mode="after")
+    def _thresholds_in_order(self) -> Self:
+        if self.upscale_busy < self.target_busy:
+            raise ValueError(f"upscale_busy ({self.upscale_busy}) is below target_busy ({self.target_busy})")
+        if self.look_back_s <= self.metrics_interval_s:
+            raise ValueError(
+                f"look_back_s ({self.look_back_s}) must be above metrics_interval_s ({self.metrics_interval_s})"
+            )
+        return self
+
+
+class ClusterConfig(_Config):
+    """A whole cluster."""
+
+    model: str = Field(description="model directory; every node must see it under this path")
+    name: str = Field(
+        default="expertmesh", pattern=r"^[A-Za-z0-9_-]+$", description="Serve application; one per cluster and model"
+    )
+    router: RouterPoolConfig = Field(default=RouterPoolConfig(), description="the routers")
+    experts: PoolConfig = Field(default=PoolConfig(), description="the expert servers")
+    placement: PlacementConfig = Field(default=PlacementConfig(), description="what lives where")
+    scaling: ScalingConfig = Field(default=ScalingConfig(), description="how many servers")
+
+
+def load_config(path: Path) -> ClusterConfig:
+    """Read a cluster's YAML file.
+
+    Raises:
+        InvalidRequest: the file cannot be read, is not YAML, or has a wrong field; one line names it.
+    """
+    try:
+        data: Any = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as err:
+        raise InvalidRequest(f"{path}: cannot be read ({getattr(err, 'strerror', None) or err})") from err
+    except yaml.YAMLError as err:
+        raise InvalidRequest(f"{path}: not YAML: {' '.join(str(err).split())}") from err
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"{path}: expected a mapping of fields, got {type(data).__name__}")
+    return parse_config(data, where=str(path))
+
+
+def parse_config(data: dict[str, Any], *, where: str = "config") -> ClusterConfig:
+    """A cluster config from plain values.
+
+    Raises:
+        InvalidRequest: a field is missing, unknown or has a wrong value; one line names field, value and limit.
+    """
+    try:
+        return ClusterConfig.model_validate(data)
+    except ValidationError as err:
+        first = err.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        problem = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+        more = f" ({err.error_count() - 1} more)" if err.error_count() > 1 else ""
+        raise InvalidRequest(f"{where}: {field}: {problem}{value}{more}") from err

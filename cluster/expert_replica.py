@@ -1,0 +1,236 @@
+"""The expert server deployment: one `ExpertServer` in a Serve replica that obeys its assignment.
+
+It pulls, like a kubelet: registers, reports, waits for its assignment, unloads and loads until it matches, reports
+again. If the placement restarts it registers again with what it holds. Tokens never pass through here: the server's
+gRPC data path has its own thread and loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import ClusterConfig
+from cluster.fleet import Assignment, Key, ServerHello
+from cluster.messages import ServerBeat
+from cluster.pulling import POLL_S, answer, forever, pause
+from cluster.scaling import BACKLOG, BUDGET, BUSY, NEEDED
+from experts.service import ExpertServer
+from protos import expert_pb2
+from protos.checkpoint import read_model
+from protos.errors import ExpertmeshError
+from protos.services import status_method
+
+log = logging.getLogger("expertmesh.experts")
+
+LOAD_SLICE_S = 0.1  # loaded copies are reported at least this often
+SELF_PROBE_S = 2.0
+
+
+class ExpertServerReplica:
+    """See the module docstring.
+
+    Args:
+        config: the cluster's.
+        placement: handle of the `Placement` deployment.
+    """
+
+    def __init__(self, config: ClusterConfig, placement: DeploymentHandle[Any]) -> None:
+        self._config = config
+        self._placement = placement
+        self._spec = read_model(Path(config.model))
+        server_id = serve.get_replica_context().replica_id.unique_id
+        self._server = ExpertServer(self._spec, config.experts.settings, server_id=server_id)
+        address = self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        report = self._server.report()
+        itemsize = {"float32": 4, "bfloat16": 2}[report.compute_dtype]
+        self._copy_bytes = self._spec.expert_params * itemsize
+        self._hello = ServerHello(
+            server_id=server_id,
+            address=address,
+            node=ray.get_runtime_context().get_node_id()[-8:],
+            pid=report.pid,
+            max_copies=report.budget_bytes // self._copy_bytes,
+            speed=report.emulated_tokens_per_s or 1.0,
+        )
+        self._warm: frozenset[Key] = frozenset()  # loaded and run once; the server may hold more for a moment
+        self._failed: dict[Key, str] = {}
+        self._assignment: Assignment | None = None  # None: not registered
+        self._applied = 0
+        self._seq = 0
+        self._epoch = 0
+        self._needed_bytes = 0
+        self._pace = _Pace()
+        self._applying = asyncio.Lock()
+        self._news = asyncio.Event()  # a new assignment
+        self._beat_now = asyncio.Event()
+        self._released = asyncio.Event()
+        self._probe = grpc.aio.insecure_channel(address)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(forever(step)) for step in (self._beat, self._poll, self._apply)]
+
+    # ------------------------------------------------------------------ Serve's hooks
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `cluster.scaling` decides on."""
+        report = self._server.report()
+        return {
+            BUSY: report.busy_share,
+            BACKLOG: report.queue_tokens / self._pace.capacity if self._pace.capacity else 0.0,
+            NEEDED: float(self._needed_bytes),
+            BUDGET: float(report.budget_bytes),
+        }
+
+    async def check_health(self) -> None:
+        """Healthy: the data path answers and the control tasks run."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"a control task of server {self._hello.server_id} has ended: {task}")
+        await status_method(self._probe)(expert_pb2.StatusRequest(), timeout=SELF_PROBE_S)
+
+    async def __del__(self) -> None:
+        """Leave without losing a request: copies move first, then routers forget us, then work in flight ends."""
+        self._server.drain()
+        self._hello = replace(self._hello, draining=True)  # a placement that restarts meanwhile learns it too
+        server_id = self._hello.server_id
+        try:
+            await answer(self._placement.drain.remote(server_id))
+            async with asyncio.timeout(self._config.experts.drain_timeout_s):
+                await self._released.wait()
+            await answer(self._placement.leave.remote(server_id))
+        except Exception as err:
+            log.warning("server %s leaves without having been released: %s %s", server_id, type(err).__name__, err)
+        for task in self._tasks:
+            task.cancel()
+        await self._probe.close()
+        await asyncio.to_thread(self._server.stop, 5.0)
+
+    # ------------------------------------------------------------------ control tasks, each step repeated for ever
+
+    async def _beat(self) -> None:
+        """Report; register where the placement does not know us."""
+        await pause(self._beat_now, self._config.placement.heartbeat_s)
+        self._beat_now.clear()
+        if self._assignment is None:
+            async with self._applying:  # what we hold must not change while we say it
+                await self._register()
+            return
+        report, failed = self._server.report(), dict(self._failed)
+        pairs_per_s = self._pace.measure(sum(report.tokens.values()), report.busy_share, time.monotonic())
+        self._seq += 1
+        beat = ServerBeat(
+            server_id=report.server_id,
+            held=self._warm,
+            applied_version=self._applied,
+            seq=self._seq,
+            failed=failed,
+            bytes=report.bytes,
+            budget_bytes=report.budget_bytes,
+            queue_tokens=report.queue_tokens,
+            busy_share=report.busy_share,
+            pairs_per_s=pairs_per_s,
+        )
+        reply = await answer(self._placement.beat_server.remote(beat))
+        if reply is None:
+            self._assignment = None
+            self._beat_now.set()
+            return
+        self._failed = {key: reason for key, reason in self._failed.items() if key not in failed}
+        self._epoch, self._needed_bytes = reply.epoch, reply.needed_bytes
+
+    async def _register(self) -> None:
+        self._seq += 1
+        found = await answer(
+            self._placement.register.remote(self._hello, self._warm, self._epoch, self._seq, self._copy_bytes)
+        )
+        self._applied = found.version
+        self._take(found)
+
+    async def _poll(self) -> None:
+        """Wait for the next assignment."""
+        current = self._assignment
+        if current is None:
+            await asyncio.sleep(0.02)
+            return
+        found = await answer(
+            self._placement.poll_assignment.remote(self._hello.server_id, current.version, POLL_S), extra_s=POLL_S
+        )
+        if self._assignment is not current:
+            return  # registered again meanwhile: the answer may be of another placement
+        if found is None:
+            self._assignment = None
+            self._beat_now.set()
+        else:
+            self._take(found)
+
+    def _take(self, found: Assignment) -> None:
+        if self._assignment is None or found != self._assignment:
+            self._assignment = found
+            self._news.set()
+            if found.released:
+                self._released.set()
+
+    async def _apply(self) -> None:
+        """Make what we hold match the assignment: unload first, then load slice by slice, reporting each."""
+        await self._news.wait()
+        self._news.clear()
+        async with self._applying:
+            wanted = self._assignment
+            if wanted is None:
+                return
+            surplus = self._warm - set(wanted.copies)
+            self._warm -= surplus
+            if surplus:
+                await asyncio.to_thread(self._server.unload, sorted(surplus))
+            self._applied = wanted.version
+            missing = [key for key in wanted.copies if key not in self._warm and key not in self._failed]
+            if missing:
+                loaded, failed = await asyncio.to_thread(self._load_slice, missing)
+                self._warm |= loaded
+                self._failed |= failed
+                self._news.set()  # look again: there may be more to load, or another assignment
+        if surplus or missing:
+            self._beat_now.set()
+
+    def _load_slice(self, keys: Sequence[Key]) -> tuple[frozenset[Key], dict[Key, str]]:
+        """Load for a while, in order. Returns what is warm now and what failed, with the reason."""
+        end_s = time.monotonic() + LOAD_SLICE_S
+        loaded: list[Key] = []
+        for key in keys:
+            try:
+                self._server.load([key])
+            except ExpertmeshError as err:
+                log.error("copy %s cannot be loaded: %s", key, err)
+                return frozenset(loaded), {key: str(err)}
+            loaded.append(key)
+            if time.monotonic() > end_s:
+                break
+        return frozenset(loaded), {}
+
+
+class _Pace:
+    """How many routed pairs per second the server computes, and could compute if it were always busy."""
+
+    def __init__(self) -> None:
+        self.capacity = 0.0
+        self._tokens = 0
+        self._at_s: float | None = None
+
+    def measure(self, tokens: int, busy_share: float, now_s: float) -> float:
+        """Pairs per second since the last call, from a counter that unloads may lower."""
+        before_s, before, self._at_s, self._tokens = self._at_s, self._tokens, now_s, tokens
+        if before_s is None or now_s <= before_s:
+            return 0.0
+        rate = max(tokens - before, 0) / (now_s - before_s)
+        if rate and busy_share > 0.2:
+            now = rate / busy_share
+            self.capacity = now if not self.capacity else 0.8 * self.capacity + 0.2 * now
+        return rate

@@ -1,0 +1,55 @@
+"""What servers and routers tell the placement, and what it answers. They travel over Serve handles, pickled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.fleet import Key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerBeat:
+    """An expert server's heartbeat.
+
+    Args:
+        held: copies loaded and warm.
+        applied_version: assignment version whose unloads are done.
+        seq: grows with every message of this server, so that a late one is recognised.
+        failed: copies asked for that could not be loaded, with the reason.
+    """
+
+    server_id: str
+    held: frozenset[Key]
+    applied_version: int
+    seq: int
+    failed: Mapping[Key, str]
+    bytes: int
+    budget_bytes: int
+    queue_tokens: int  # routed pairs waiting or running
+    busy_share: float  # of the last second
+    pairs_per_s: float  # computed, since the last beat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerReply:
+    """The placement's answer to a heartbeat; `needed_bytes` is what the whole pool has to hold (for scaling)."""
+
+    epoch: int
+    needed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterBeat:
+    """A router's heartbeat: the epochs it uses (its acknowledgement), its demand, its account."""
+
+    router_id: str
+    address: str
+    node: str
+    pid: int
+    epoch: int
+    oldest_epoch: int
+    known_servers: frozenset[str]  # of its table
+    demand: Mapping[Key, int]  # routed pairs its gates asked for, since it started
+    totals: Mapping[str, float]  # ledger sums since it started
+    p50_s: float
+    p99_s: float
+    tokens_per_s: float

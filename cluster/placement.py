@@ -1,0 +1,342 @@
+"""The placement deployment: membership, load, plans, epochs. A shell around `fleet`, `load` and `planner`.
+
+One replica. Its state is soft: servers and routers tell it everything again when it restarts, while requests go on
+with the last table. Servers and routers pull: they report, and wait here (long polls) for their assignment or table.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from cluster.config import ClusterConfig
+from cluster.fleet import Assignment, Fleet, Key, ServerHello
+from cluster.load import LoadWindow
+from cluster.messages import RouterBeat, ServerBeat, ServerReply
+from cluster.planner import Load, Plan, PlannerInput, PlannerServer, Unload, plan
+from protos import expert_pb2
+from protos.checkpoint import read_model
+from protos.services import CHANNEL_OPTIONS, status_method
+from router.table import PlacementTable
+
+log = logging.getLogger("expertmesh.placement")
+
+PROBE_TIMEOUT_S = 0.5
+MAX_EVENTS = 300
+MAX_HOT = 24
+
+
+class Placement:
+    """See the module docstring. Runs on the replica's event loop; every method is short or waits without work.
+
+    Args:
+        config: the cluster's.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._knobs = knobs = config.placement
+        self._spec = spec = read_model(Path(config.model))
+        self._fleet = Fleet(
+            num_experts=spec.num_experts,
+            expected_servers=config.experts.min_servers,
+            dead_after_s=knobs.dead_after_s,
+            settle_s=knobs.settle_s,
+        )
+        self._window = LoadWindow(spec.layers, spec.num_experts, rise_s=knobs.load_rise_s, fall_s=knobs.load_fall_s)
+        self._beats: dict[str, ServerBeat] = {}
+        self._routers: dict[str, RouterBeat] = {}
+        self._copy_bytes = 0  # of one expert, as servers report it
+        self._missing: tuple[Key, ...] = ()
+        self._wanted_copies = 0
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._news = asyncio.Event()  # replaced at every change: what long polls wait for
+        self._replan = asyncio.Event()
+        self._probing: set[str] = set()
+        self._planning = asyncio.get_running_loop().create_task(self._plan_forever())
+
+    # ------------------------------------------------------------------ expert servers
+
+    async def register(
+        self, hello: ServerHello, held: frozenset[Key], highest_epoch: int, seq: int, copy_bytes: int
+    ) -> Assignment:
+        """A server process joins, or comes back."""
+        self._copy_bytes = max(self._copy_bytes, copy_bytes)
+        with self._acting(replan=True):
+            found = self._fleet.register(hello, held=held, highest_epoch=highest_epoch, seq=seq, now_s=time.monotonic())
+        self._note("server_joined", f"{hello.server_id} on {hello.node}, holding {len(held)} copies")
+        return found
+
+    async def beat_server(self, beat: ServerBeat) -> ServerReply | None:
+        """A server's heartbeat; None asks it to register."""
+        with self._acting(replan=bool(beat.failed)):
+            known = self._fleet.report_server(
+                beat.server_id,
+                held=beat.held,
+                applied_version=beat.applied_version,
+                seq=beat.seq,
+                now_s=time.monotonic(),
+                failed=beat.failed,
+            )
+        for (layer, expert), reason in beat.failed.items():
+            self._note("load_failed", f"expert {expert} of layer {layer} on {beat.server_id}: {reason}")
+        if not known:
+            return None
+        self._beats[beat.server_id] = beat
+        return ServerReply(epoch=self._fleet.epoch, needed_bytes=self._needed_bytes())
+
+    async def poll_assignment(self, server_id: str, version: int, timeout_s: float) -> Assignment | None:
+        """The server's assignment as soon as its version is another; None asks the server to register."""
+
+        def changed() -> bool:
+            found = self._fleet.assignment(server_id)
+            return found is None or found.version != version
+
+        await self._wait(changed, timeout_s)
+        return self._fleet.assignment(server_id)
+
+    async def drain(self, server_id: str) -> None:
+        """The server is to stop: move its copies away."""
+        with self._acting(replan=True):
+            self._fleet.drain(server_id, time.monotonic())
+        self._note("server_draining", server_id)
+
+    async def leave(self, server_id: str) -> None:
+        """The server has stopped serving."""
+        self._remove(server_id, "server_left", server_id)
+
+    # ------------------------------------------------------------------ routers
+
+    async def beat_router(self, beat: RouterBeat) -> None:
+        """A router's heartbeat: acknowledges epochs, brings demand."""
+        with self._acting():
+            self._fleet.report_router(
+                beat.router_id,
+                epoch=beat.epoch,
+                oldest_epoch=beat.oldest_epoch,
+                known_servers=beat.known_servers,
+                now_s=time.monotonic(),
+            )
+        self._window.count(beat.router_id, beat.demand)
+        self._routers[beat.router_id] = beat
+
+    async def poll_table(self, epoch: int, timeout_s: float) -> PlacementTable | None:
+        """The table as soon as it is newer than `epoch`; None if it is not within the time."""
+        await self._wait(lambda: self._fleet.epoch > epoch, timeout_s)
+        return self._fleet.table if self._fleet.epoch > epoch else None
+
+    async def report_lost(self, server_id: str, reason: str) -> None:
+        """A router lost a server. If it really is gone, its copies are re-placed at once."""
+        hello = self._hello(server_id)
+        if hello is None or server_id in self._probing:
+            return
+        self._probing.add(server_id)
+        try:
+            alive = await self._probe(hello)
+        finally:
+            self._probing.discard(server_id)
+        if not alive and self._hello(server_id) is not None:
+            self._remove(server_id, "server_lost", f"{server_id}: {reason}")
+
+    # ------------------------------------------------------------------ everybody
+
+    async def status(self) -> dict[str, Any]:
+        """The cluster as `expertmesh status` shows it. Plain values."""
+        fleet, table = self._fleet, self._fleet.table
+        routers = [beat for router_id, beat in self._routers.items() if router_id in fleet.routers]
+        rate_LE = self._window.rates(time.monotonic())
+        order = rate_LE.argsort(axis=None)[::-1][:MAX_HOT]
+        hot = [(self._spec.layers[i // self._spec.num_experts], int(i % self._spec.num_experts)) for i in order]
+        everything = [(layer, expert) for layer in self._spec.layers for expert in range(self._spec.num_experts)]
+        return {
+            "model": self._config.model,
+            "name": self._config.name,
+            "epoch": table.epoch,
+            "settled": fleet.settled,
+            "router": {
+                "grpc": routers[0].address if routers else None,
+                "http": f"{self._config.router.host}:{self._config.router.http_port}",
+            },
+            "routers": [
+                {"id": beat.router_id, "node": beat.node, "pid": beat.pid, "grpc": beat.address, "epoch": beat.epoch}
+                for beat in routers
+            ],
+            "servers": [self._server_status(hello) for hello in fleet.servers],
+            "experts": [
+                {
+                    "layer": layer,
+                    "expert": expert,
+                    "copies": len(table.copies.get((layer, expert), ())),
+                    "pairs_per_s": float(rate),
+                }
+                for (layer, expert), rate in zip(hot, rate_LE.ravel()[order], strict=True)
+            ],
+            "single_copy_experts": [list(key) for key in everything if len(table.copies.get(key, ())) == 1],
+            "missing_experts": [list(key) for key in everything if not table.copies.get(key)],
+            "demand": {
+                "pairs_per_s": float(rate_LE.sum()),
+                "tokens_per_s": sum(beat.tokens_per_s for beat in routers),
+                "p50_s": max((beat.p50_s for beat in routers), default=0.0),
+                "p99_s": max((beat.p99_s for beat in routers), default=0.0),
+                "totals": {
+                    name: sum(beat.totals[name] for beat in routers) for name in (routers[0].totals if routers else ())
+                },
+            },
+            "events": list(self._events),
+        }
+
+    async def close(self) -> None:
+        """The application is about to be deleted: servers need not wait for others to take over."""
+        with self._acting():
+            self._fleet.close(time.monotonic())
+
+    async def check_health(self) -> None:
+        """Serve's hook: the planning task must be alive."""
+        if self._planning.done():
+            raise RuntimeError("the planning task has ended")
+
+    # ------------------------------------------------------------------ planning
+
+    async def _plan_forever(self) -> None:
+        took_s = 0.0
+        while True:
+            # A large model's plan takes a while: leave the loop most of the time.
+            pause_s = max(self._knobs.plan_interval_s, 5 * took_s)
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._replan.wait()
+            except TimeoutError:
+                pass
+            self._replan.clear()
+            started_s = time.monotonic()
+            try:
+                await self._plan_once()
+            except Exception:
+                log.exception("planning failed; the last plan stays")
+            took_s = time.monotonic() - started_s
+
+    async def _plan_once(self) -> None:
+        with self._acting():
+            lost = self._fleet.expire(time.monotonic())
+        for server_id in lost:
+            self._beats.pop(server_id, None)
+            self._note("server_lost", f"{server_id}: silent for {self._knobs.dead_after_s} s")
+        alive = set(self._fleet.routers)
+        self._window.forget(alive)
+        self._routers = {router_id: beat for router_id, beat in self._routers.items() if router_id in alive}
+        if not self._fleet.settled:
+            return
+        found = await asyncio.to_thread(plan, self._planner_input())
+        self._wanted_copies = found.wanted_copies
+        if found.missing != self._missing:
+            self._missing = found.missing
+            self._note("memory", f"{len(found.missing)} experts have no place within the servers' budgets")
+        if found.steps:
+            with self._acting():
+                loads = [step.key for step in found.steps if isinstance(step, Load)]
+                self._fleet.adopt(found.copies, loads, time.monotonic())
+            self._note_plan(found)
+
+    def _planner_input(self) -> PlannerInput:
+        knobs = self._knobs
+        return PlannerInput(
+            layers=self._spec.layers,
+            load_LE=self._window.rates(time.monotonic()),
+            servers=tuple(
+                PlannerServer(
+                    server_id=hello.server_id,
+                    max_copies=hello.max_copies,
+                    speed=hello.speed,
+                    draining=self._fleet.is_draining(hello.server_id),
+                )
+                for hello in self._fleet.servers
+            ),
+            current=self._fleet.current,
+            blocked=self._fleet.blocked,
+            min_copies=knobs.min_copies,
+            max_copies=knobs.max_copies,
+            max_moves=knobs.max_moves,
+            hot_factor=knobs.hot_factor,
+            cool_factor=knobs.cool_factor,
+            imbalance=knobs.imbalance,
+            min_pairs_per_s=knobs.min_pairs_per_s,
+        )
+
+    # ------------------------------------------------------------------ parts
+
+    def _needed_bytes(self) -> int:
+        experts = len(self._spec.layers) * self._spec.num_experts
+        return (experts * self._knobs.min_copies + self._wanted_copies) * self._copy_bytes
+
+    async def _probe(self, hello: ServerHello) -> bool:
+        """Whether that very process still answers. One that only hangs counts as gone once it also missed beats."""
+        async with grpc.aio.insecure_channel(hello.address, options=CHANNEL_OPTIONS) as channel:
+            try:
+                answer = await status_method(channel)(expert_pb2.StatusRequest(), timeout=PROBE_TIMEOUT_S)
+                return answer.server_id == hello.server_id
+            except grpc.aio.AioRpcError as err:
+                if err.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    return False
+        last_seen_s = self._fleet.last_seen_s(hello.server_id)
+        return last_seen_s is not None and time.monotonic() - last_seen_s < 2 * self._knobs.heartbeat_s
+
+    def _remove(self, server_id: str, kind: str, detail: str) -> None:
+        with self._acting(replan=True):
+            self._fleet.remove_server(server_id, time.monotonic())
+        self._beats.pop(server_id, None)
+        self._note(kind, detail)
+
+    def _hello(self, server_id: str) -> ServerHello | None:
+        return next((hello for hello in self._fleet.servers if hello.server_id == server_id), None)
+
+    def _server_status(self, hello: ServerHello) -> dict[str, Any]:
+        beat = self._beats.get(hello.server_id)
+        return {
+            "id": hello.server_id,
+            "node": hello.node,
+            "pid": hello.pid,
+            "grpc": hello.address,
+            "state": "draining" if self._fleet.is_draining(hello.server_id) else "serving",
+            "copies": len(beat.held) if beat else 0,
+            "bytes": beat.bytes if beat else 0,
+            "budget_bytes": beat.budget_bytes if beat else 0,
+            "queue_tokens": beat.queue_tokens if beat else 0,
+            "busy": beat.busy_share if beat else 0.0,
+            "pairs_per_s": beat.pairs_per_s if beat else 0.0,
+        }
+
+    @contextmanager
+    def _acting(self, *, replan: bool = False) -> Iterator[None]:
+        """Around every event: afterwards wake the long polls if anything changed, and the planner if asked to."""
+        revision, settled = self._fleet.revision, self._fleet.settled
+        yield
+        if self._fleet.revision != revision:
+            news, self._news = self._news, asyncio.Event()
+            news.set()
+        if replan or self._fleet.settled != settled:
+            self._replan.set()
+
+    async def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not ready():
+                    await self._news.wait()
+        except TimeoutError:
+            pass
+
+    def _note_plan(self, found: Plan) -> None:
+        loads = [f"{step.key[0]}/{step.key[1]} to {step.server_id}" for step in found.steps if isinstance(step, Load)]
+        unloads = sum(isinstance(step, Unload) for step in found.steps)
+        if loads or unloads:
+            shown = f" ({', '.join(loads[:4])}{', ...' if len(loads) > 4 else ''})" if loads else ""
+            self._note("plan", f"{len(loads)} loads{shown}, {unloads} unloads")
+
+    def _note(self, kind: str, detail: str) -> None:
+        log.info("%s: %s", kind, detail)
+        self._events.append({"at_s": time.time(), "epoch": self._fleet.epoch, "kind": kind, "detail": detail})
