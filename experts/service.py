@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,7 +28,7 @@ from protos import expert_pb2
 from protos.checkpoint import Checkpoint
 from protos.codec import TORCH_DTYPES, WIRE_DTYPES, decode, encode, read_floats, read_ints, read_tensor, tensor_bytes
 from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest, to_proto
-from protos.loops import LoopThread
+from protos.loops import LoopThread, compute_executor, limit_torch_threads
 from protos.model import ModelSpec
 from protos.services import EXPERT_SERVICE, expert_handlers, start_server
 
@@ -109,8 +108,7 @@ class ExpertServer:
     """
 
     def __init__(self, spec: ModelSpec, config: ExpertServerConfig, *, server_id: str) -> None:
-        if config.compute_threads is not None:
-            torch.set_num_threads(config.compute_threads)
+        limit_torch_threads(config.compute_threads)
         device = torch.device(config.device if config.device != "auto" else _best_device())
         self.spec = spec
         self.config = config
@@ -132,7 +130,7 @@ class ExpertServer:
         self._draining = False
         self._pump_scheduled = False
         self._running = False
-        self._compute_thread = ThreadPoolExecutor(1, thread_name_prefix="expertmesh-compute")
+        self._compute_thread = compute_executor("expertmesh-compute", config.compute_threads)
         self._loop = LoopThread(f"expertmesh-experts-{server_id}")
         self._server: grpc.aio.Server | None = None
         if config.emulated_tokens_per_s is not None:
@@ -204,6 +202,7 @@ class ExpertServer:
     # ------------------------------------------------------------------ gRPC methods, on our loop
 
     async def _start(self, host: str, port: int) -> str:
+        limit_torch_threads(self.config.compute_threads)  # of the loop's thread: short launches run on it
         handlers = expert_handlers(compute=self._compute, status=self._status)
         self._server, address, _ = await start_server(EXPERT_SERVICE, handlers, host=host, port=port)
         return address

@@ -5,8 +5,10 @@ import signal
 import sys
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 import uvloop
 
 T = TypeVar("T")
@@ -56,6 +58,21 @@ class LoopThread:
                 self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+
+
+def compute_executor(name: str, torch_threads: int | None) -> ThreadPoolExecutor:
+    """One thread for torch work away from an event loop.
+
+    torch.set_num_threads reaches OpenMP for the calling thread only: a new thread would start as many workers as there
+    are cores, and they spin between operations. So every thread that computes sets the number itself.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=limit_torch_threads, initargs=(torch_threads,))
+
+
+def limit_torch_threads(torch_threads: int | None) -> None:
+    """Use `torch_threads` threads for torch operations called from this thread; None leaves torch's default."""
+    if torch_threads is not None:
+        torch.set_num_threads(torch_threads)
 
 
 def wait_for_end() -> None:

@@ -1,7 +1,10 @@
 """What the batches of one router share."""
 
+import asyncio
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,8 @@ from router.transport import Transport
 # A thread hand-over costs about 0.1 ms: work below this many multiply-adds (about 2 ms on one core) stays on the loop.
 OFFLOAD_FLOPS = 100_000_000
 
+R = TypeVar("R")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerContext:
@@ -29,3 +34,10 @@ class LayerContext:
     transport: Transport
     rng: np.random.Generator
     count_demand: Callable[[str, npt.NDArray[np.int64]], None]
+    compute_thread: Executor
+
+    async def compute(self, function: Callable[[], R], *, flops: int) -> R:
+        """Call a torch function of about `flops` multiply-adds: here if that is short, else on the compute thread."""
+        if flops < OFFLOAD_FLOPS:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self.compute_thread, function)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from protos.checkpoint import Checkpoint
 from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest
+from protos.loops import compute_executor, limit_torch_threads
 from protos.model import ModelSpec
 from router.config import OverflowConfig, RouterConfig
 from router.context import LayerContext
@@ -64,8 +66,6 @@ class Router:
     def __init__(
         self, spec: ModelSpec, config: RouterConfig, *, on_server_lost: Callable[[str, str], None] | None = None
     ) -> None:
-        if config.compute_threads is not None:
-            torch.set_num_threads(config.compute_threads)
         self.spec = spec
         self.config = config
         self.snapshot = PlacementSnapshot(empty_table(spec.num_experts))
@@ -82,11 +82,14 @@ class Router:
         self._totals = LedgerTotals()
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=16384)  # (answered at, took, tokens)
         self._lock = threading.Lock()  # _totals and _recent are read by report() from other threads
+        self._compute_thread: ThreadPoolExecutor
         self._transport: Transport
         self._merger: Merger
 
     async def start(self) -> None:
         """Bind to the running loop. Once only, before anything else."""
+        limit_torch_threads(self.config.compute_threads)
+        self._compute_thread = compute_executor("expertmesh-gate", self.config.compute_threads)
         self._transport = Transport(
             hop_timeout_s=self.config.hop_timeout_s, on_lost=self._on_server_lost, on_change=self._links_changed
         )
@@ -99,6 +102,7 @@ class Router:
             transport=self._transport,
             rng=np.random.default_rng(),
             count_demand=self._count_demand,
+            compute_thread=self._compute_thread,
         )
 
         async def run(batch: Batch) -> None:
@@ -116,6 +120,7 @@ class Router:
         """Cancel what runs (its requests fail) and close the streams."""
         await self._merger.close()
         await self._transport.close()
+        self._compute_thread.shutdown(wait=False, cancel_futures=True)
 
     def adopt(self, table: PlacementTable) -> None:
         """Take a placement table if it is newer. Batches in flight keep theirs."""

@@ -7,7 +7,6 @@ Shapes: T tokens of the merged batch, D model dim, K experts per token, P pairs 
 A pair's flat index is t * K + k.
 """
 
-import asyncio
 import time
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from protos.codec import WIRE_DTYPES, tensor_bytes
 from protos.errors import ExpertmeshError, NoCopy, Overloaded
 from router.capacity import CapacityDecision, PairState, overflow_refused, tally
 from router.combine import combine, finish
-from router.context import OFFLOAD_FLOPS, LayerContext
+from router.context import LayerContext
 from router.dispatch import Dispatch, plan_dispatch, split_rows
 from router.gate import Routing
 from router.ledger import RequestLedger
@@ -172,10 +171,8 @@ class Exchange:
         if shared is not None:
             spec = self._context.spec.shared
             assert spec is not None, "a layer has a shared expert only if the model has"
-            if self._batch.x_TD.numel() * spec.hidden_dim * 3 < OFFLOAD_FLOPS:
-                self._shared_TD = shared(self._batch.x_TD)
-            else:
-                self._shared_TD = await asyncio.to_thread(shared, self._batch.x_TD)
+            x_TD, flops = self._batch.x_TD, self._batch.x_TD.numel() * spec.hidden_dim * 3
+            self._shared_TD = await self._context.compute(lambda: shared(x_TD), flops=flops)
         self._left -= 1
         self._answer_finished()
 

@@ -4,13 +4,12 @@ Each step is decided in a module of its own: `gate.py` who goes where, `capacity
 (with `dispatch.py`, `replicas.py` and `combine.py`) what travels, what returns and what happens on a failure.
 """
 
-import asyncio
 import time
 
 import numpy as np
 
 from router.capacity import apply_capacity
-from router.context import OFFLOAD_FLOPS, LayerContext
+from router.context import LayerContext
 from router.exchange import Exchange
 from router.gate import Routing
 from router.merging import Batch
@@ -44,6 +43,5 @@ async def _route(batch: Batch, context: LayerContext) -> Routing:
         )
     gate = context.gates[batch.layer]
     with_scores = batch.requests[0].overflow.needs_scores
-    if batch.x_TD.shape[0] * context.spec.dim * context.spec.num_experts < OFFLOAD_FLOPS:
-        return gate(batch.x_TD, with_scores=with_scores)
-    return await asyncio.to_thread(gate, batch.x_TD, with_scores=with_scores)
+    flops = batch.x_TD.numel() * context.spec.num_experts
+    return await context.compute(lambda: gate(batch.x_TD, with_scores=with_scores), flops=flops)

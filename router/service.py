@@ -80,6 +80,11 @@ class RouterServer:
         """Adopt a placement table if it is newer. Batches in flight keep theirs."""
         self._loop.post(self._router.adopt, table)
 
+    @property
+    def oldest_epoch(self) -> int:
+        """The lowest epoch a batch in flight still uses; cheap enough to wait on."""
+        return self._router.snapshot.oldest_epoch
+
     def report(self) -> RouterReport:
         """A snapshot of counters and latencies."""
         return replace(self._router.report(), address=self.address)

@@ -33,8 +33,9 @@ class PlacementSnapshot:
 
     @property
     def oldest_epoch(self) -> int:
-        """The lowest epoch a batch in flight still uses; the newest one when there is none."""
-        return min((epoch for epoch, count in self._in_use.items() if count), default=self._table.epoch)
+        """The lowest epoch a batch in flight still uses; the newest one when there is none. From any thread."""
+        newest = self._table.epoch
+        return min(self._in_use.copy(), default=newest)
 
     def adopt(self, table: PlacementTable) -> bool:
         """Take a newer table; an older or equal epoch is ignored (returns False)."""
@@ -58,6 +59,8 @@ class PlacementSnapshot:
             yield
         finally:
             self._in_use[epoch] -= 1
+            if not self._in_use[epoch]:
+                del self._in_use[epoch]
             if not self._in_use[epoch]:
                 del self._in_use[epoch]
 
