@@ -61,8 +61,6 @@ class PlacementSnapshot:
             self._in_use[epoch] -= 1
             if not self._in_use[epoch]:
                 del self._in_use[epoch]
-            if not self._in_use[epoch]:
-                del self._in_use[epoch]
 
     @contextmanager
     def listening(self, callback: Callable[[], None]) -> Iterator[None]:
