@@ -1,0 +1,217 @@
+"""The command line. Scripts are written against it: see `cluster/console.py` for what goes where.
+
+Commands import what they need when they run, so that `--help` and mistakes are answered at once. This is the only
+place that reads the environment (through typer's `envvar`).
+"""
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.console import BAD_INPUT, FAILED, CommandError, bad_input, die, output
+
+app = typer.Typer(
+    name="expertmesh",
+    help="Serve the experts of a Mixture-of-Experts model as an elastic cluster on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model directory (or hub id)")]
+Router = Annotated[str | None, typer.Option("--router", metavar="H:P", help="router endpoint; none: in this process")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
+
+
+@app.command()
+def layer(
+    model: Model,
+    *,
+    layer: Annotated[str, typer.Option(metavar="I", help="transformer layer the MoE block sits in")],
+    input: Annotated[Path, typer.Option(metavar="F", help="safetensors with hidden_states [T, D]")],
+    output_path: Annotated[
+        Path, typer.Option("--output", metavar="F", help="safetensors to write: output, expert_ids, gate_weights")
+    ],
+    router: Router = None,
+    as_json: Json = False,
+) -> None:
+    """Run one MoE layer (routed and shared experts) on hidden states from a file."""
+    with output(as_json=as_json) as out:
+        _check_address(router)
+        spec = _read_model(model)
+        from cluster.arrays import writable
+        from cluster.run_model import run_layer
+
+        document = asyncio.run(
+            run_layer(spec, layer, input_path=input, output_path=writable(output_path), router=router)
+        )
+        out.document(document)
+        out.line(f"layer {layer}: {document['tokens']} tokens in {document['seconds']:.3g} s, written to {output_path}")
+
+
+@app.command()
+def verify(model: Model, *, router: Router = None, as_json: Json = False) -> None:
+    """Compare every MoE layer with transformers' own on random inputs; status 1 beyond tolerance."""
+    with output(as_json=as_json) as out:
+        _check_address(router)
+        spec = _read_model(model)
+        from cluster.run_model import run_verify
+
+        document = asyncio.run(
+            run_verify(
+                spec,
+                router=router,
+                on_layer=lambda error, tolerance: out.line(
+                    f"layer {error.layer:>3}  max relative error {error.error:.2e}  "
+                    f"{'ok' if error.error <= tolerance else f'BEYOND {tolerance:.0e}'}"
+                ),
+            )
+        )
+        out.document(document)
+        where = f"router {router}" if router else "this process"
+        out.line(
+            f"largest {document['largest_error']:.2e}, tolerance {document['tolerance']:.0e} ({spec.dtype}, {where})"
+        )
+        if not document["ok"]:
+            raise CommandError(
+                f"largest relative error {document['largest_error']:.2e} exceeds {document['tolerance']:.0e}"
+            )
+
+
+@app.command()
+def load(
+    *,
+    router: Annotated[str, typer.Option("--router", metavar="H:P", help="router endpoint")],
+    pattern: Annotated[
+        str, typer.Option(help="experts that get the load: uniform, zipf:A, hot:N:SHARE or trace:FILE")
+    ] = "uniform",
+    rate: Annotated[float | None, typer.Option(metavar="R", help="requests per second (open loop)")] = None,
+    concurrency: Annotated[int | None, typer.Option(metavar="C", help="open requests (closed loop; default 4)")] = None,
+    tokens: Annotated[int, typer.Option(metavar="T", help="tokens per request")] = 64,
+    duration: Annotated[float, typer.Option(metavar="S", help="seconds")] = 10.0,
+    timeout: Annotated[float, typer.Option(metavar="S", help="seconds an answer may take")] = 30.0,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="the served model, to check answers; default: the router's path")
+    ] = None,
+    check: Annotated[float, typer.Option(metavar="SHARE", help="share of answers to check")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Load a router, check answers, report throughput, latency, ledger totals and errors; status 1 on wrong answers."""
+    with output(as_json=as_json) as out:
+        _check_address(router)
+        if rate is not None and concurrency is not None:
+            raise bad_input("--rate (open loop) and --concurrency (closed loop) exclude each other")
+        for name, value in {
+            "rate": rate,
+            "concurrency": concurrency,
+            "tokens": tokens,
+            "duration": duration,
+            "timeout": timeout,
+        }.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise bad_input(f"--{name} is {value:g}, it must be above 0")
+        if not 0 <= check <= 1:
+            raise bad_input(f"--check is {check:g}, it must be a share of 0..1")
+        import torch
+
+        from cluster.patterns import parse_pattern
+        from cluster.run_model import run_load
+
+        torch.set_num_threads(1)  # checking must not take the servers' cores
+        spec = None if model is None else _read_model(model)
+        document = asyncio.run(
+            run_load(
+                router,
+                parse_pattern(pattern),
+                rate=rate,
+                concurrency=concurrency or 4,
+                num_tokens=tokens,
+                duration_s=duration,
+                timeout_s=timeout,
+                model=None if spec is None else spec.path,
+                check_share=check,
+            )
+        )
+        out.document(document)
+        for line in _load_lines(document):
+            out.line(line)
+        _require_good_load(document)
+
+
+def main() -> None:
+    """The `expertmesh` command: whatever goes wrong is one line on standard error and a status."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as err:
+        _report(err)
+    except KeyboardInterrupt:
+        die("interrupted", 130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report(err: Exception) -> None:
+    """Turn an exception into the contract's line and status; a bug of ours keeps its traceback."""
+    if isinstance(err, CommandError):
+        die(str(err), err.status)
+    if hasattr(err, "format_message"):  # click's usage errors, whose classes typer keeps to itself
+        die(f"{err.format_message()} (see expertmesh --help)", BAD_INPUT)
+    if isinstance(err, typer.Abort):
+        die("interrupted", 130)
+    from protos.errors import CorruptWeights, ExpertmeshError, InvalidRequest
+
+    if isinstance(err, ExpertmeshError):
+        die(err.message, BAD_INPUT if isinstance(err, InvalidRequest | CorruptWeights) else FAILED)
+    if isinstance(err, OSError):
+        die(str(err), FAILED)
+    raise err
+
+
+def _read_model(name: str) -> Any:
+    """The ModelSpec of a model named on the command line."""
+    from cluster.models import find_model
+    from protos.checkpoint import read_model
+
+    return read_model(find_model(name))
+
+
+def _check_address(address: str | None) -> None:
+    match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", address or "localhost:1")
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise bad_input(f"--router is {address!r}, expected host:port with a port of 1..65535")
+
+
+def _load_lines(document: dict[str, Any]) -> list[str]:
+    requests, ledger, checks = document["requests"], document["ledger"], document["checks"]
+    took = {name: "-" if value is None else f"{value * 1e3:.3g} ms" for name, value in document["latency_s"].items()}
+    lines = [
+        f"{document['tokens_per_s']:,.0f} tokens/s, {document['requests_per_s']:,.1f} requests/s "
+        f"over {document['seconds']:.1f} s",
+        f"latency p50 {took['p50']}, p90 {took['p90']}, p99 {took['p99']}, max {took['max']}",
+        f"requests {requests['sent']}, failed {requests['failed']}"
+        + "".join(f", {name} {count}" for name, count in document["errors"].items()),
+        "pairs " + ", ".join(f"{name} {value}" for name, value in ledger.items() if isinstance(value, int)),
+    ]
+    if document["checking"]:
+        lines.append(
+            f"answers checked {checks['checked']}, wrong {checks['wrong']}, "
+            f"largest relative error {checks['largest_error']:.1e}"
+        )
+    else:
+        lines.append("answers not checked: the model's directory is not on this machine (--model)")
+    return lines
+
+
+def _require_good_load(document: dict[str, Any]) -> None:
+    if document["checks"]["wrong"]:
+        raise CommandError(f"{document['checks']['wrong']} wrong answers: {document['checks']['first_wrong']}")
+    if not document["requests"]["answered"]:
+        raise CommandError(f"no request was answered: {document['first_error'] or 'none was sent'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What `expertmesh layer`, `verify` and `load` do, on a model in this process or behind a router."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.arrays import read_states, read_trace, write_arrays
+from cluster.checking import Checker
+from cluster.loadgen import LoadGenerator, report
+from cluster.local_layer import LocalLayer
+from cluster.patterns import Pattern
+from cluster.reference import load_reference
+from cluster.traffic import DrawnTraffic, TraceTraffic, Traffic
+from cluster.verify import TOLERANCE, LayerError, verify_layers
+from protos.checkpoint import read_model
+from protos.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from protos.model import ModelSpec
+from protos.router_pb2 import DescribeResponse
+from router.client import RouterClient, as_tensors
+from router.gate import Routing
+from router.ledger import LedgerTotals
+
+LOCAL_BLOCK_TOKENS = 8192  # tokens computed at once in this process
+
+
+async def run_layer(
+    spec: ModelSpec, layer: str, *, input_path: Path, output_path: Path, router: str | None
+) -> dict[str, Any]:
+    """Run one MoE layer on the hidden states of a file; writes output, expert_ids and gate_weights.
+
+    Args:
+        router: "host:port", or None for this process.
+
+    Raises:
+        InvalidRequest: the layer, the file or its contents; or the router serves another model.
+        ExpertmeshError: what the router answered.
+    """
+    if layer not in spec.layers:
+        raise InvalidRequest(f"layer {layer!r} is not a MoE layer of this model ({', '.join(spec.layers)})")
+    x_TD = read_states(input_path, "hidden_states", dim=spec.dim)
+    began_s = time.monotonic()
+    totals = LedgerTotals()
+    parts: list[tuple[Tensor, Routing]] = []
+    if router is None:
+        local = LocalLayer(spec, layer)
+        parts = [local(x_BD) for x_BD in torch.split(x_TD, LOCAL_BLOCK_TOKENS)]
+    else:
+        async with RouterClient(router) as client:
+            model = await _describe(client, spec)
+            for x_BD in torch.split(x_TD, model.max_request_tokens):
+                answer = await client.forward(layer, x_BD, return_routing=True)
+                assert answer.routing is not None, "it was asked for"
+                totals.add(answer.ledger, num_tokens=len(x_BD))
+                parts.append((answer.y_TD, answer.routing))
+    seconds = time.monotonic() - began_s
+    expert_TK, weight_TK = as_tensors(
+        Routing(
+            expert_TK=np.concatenate([routing.expert_TK for _, routing in parts]),
+            weight_TK=np.concatenate([routing.weight_TK for _, routing in parts]),
+        )
+    )
+    output_TD = torch.cat([y_BD for y_BD, _ in parts])
+    write_arrays(output_path, {"output": output_TD, "expert_ids": expert_TK, "gate_weights": weight_TK})
+    return {
+        "model": str(spec.path),
+        "layer": layer,
+        "router": router,
+        "output": str(output_path),
+        "tokens": len(x_TD),
+        "dtype": str(x_TD.dtype).removeprefix("torch."),
+        "top_k": expert_TK.shape[1],
+        "seconds": seconds,
+        "ledger": asdict(totals) if router is not None else None,
+    }
+
+
+async def run_verify(
+    spec: ModelSpec, *, router: str | None, on_layer: Callable[[LayerError, float], None]
+) -> dict[str, Any]:
+    """Compare every MoE layer with transformers; `ok` says whether all are within tolerance.
+
+    Args:
+        router: "host:port", or None for this process.
+        on_layer: called with each layer's result and the tolerance.
+
+    Raises:
+        UnsupportedModel: transformers cannot load the model.
+        InvalidRequest: the router serves another model.
+        ExpertmeshError: what the router answered.
+    """
+    tolerance = TOLERANCE[spec.dtype]
+    if router is None:
+        reference = load_reference(spec.path)
+
+        async def compute(layer: str, x_TD: Tensor) -> Tensor:
+            return LocalLayer(spec, layer)(x_TD)[0]
+
+        errors = await verify_layers(spec, reference, compute, on_layer=lambda error: on_layer(error, tolerance))
+    else:
+        async with RouterClient(router) as client:
+            limit = (await _describe(client, spec)).max_request_tokens
+            reference = load_reference(spec.path)
+
+            async def compute(layer: str, x_TD: Tensor) -> Tensor:
+                return torch.cat([(await client.forward(layer, x_BD)).y_TD for x_BD in torch.split(x_TD, limit)])
+
+            errors = await verify_layers(spec, reference, compute, on_layer=lambda error: on_layer(error, tolerance))
+    return {
+        "model": str(spec.path),
+        "family": spec.family,
+        "dtype": spec.dtype,
+        "router": router,
+        "tolerance": tolerance,
+        "layers": [asdict(error) for error in errors],
+        "largest_error": max(error.error for error in errors),
+        "ok": all(error.error <= tolerance for error in errors),
+    }
+
+
+async def run_load(
+    router: str,
+    pattern: Pattern,
+    *,
+    rate: float | None,
+    concurrency: int,
+    num_tokens: int,
+    duration_s: float,
+    timeout_s: float,
+    model: Path | None,
+    check_share: float,
+) -> dict[str, Any]:
+    """Load a router for `duration_s` seconds; see `LoadGenerator` for rate and concurrency.
+
+    Args:
+        model: the served model's directory here; None takes the router's word, and checks nothing if it is not here.
+        check_share: of the answers to compute again, 0..1.
+
+    Raises:
+        Unavailable: nothing answers at the address.
+        InvalidRequest: the pattern does not fit the model, a trace cannot be read, or num_tokens is above the limit.
+    """
+    async with RouterClient(router) as client:
+        served = await _reach(client)
+        if num_tokens > served.max_request_tokens:
+            raise InvalidRequest(
+                f"tokens is {num_tokens}, limit is the router's max_request_tokens ({served.max_request_tokens})"
+            )
+        spec = _readable(model, served)
+        traffic: Traffic
+        if pattern.trace is not None:
+            states = read_trace(pattern.trace, tuple(served.layers), dim=served.dim)
+            traffic = TraceTraffic(states, num_tokens=num_tokens)
+        else:
+            traffic = DrawnTraffic(pattern, served, num_tokens=num_tokens)
+        checker = Checker(spec, share=check_share) if spec is not None and check_share > 0 else None
+        load = LoadGenerator(client, traffic, rate=rate, concurrency=concurrency, timeout_s=timeout_s, checker=checker)
+        seconds = await load.run_for(duration_s)
+        if checker is not None:
+            await checker.close()
+    document = report(load.tally, checker.checks if checker is not None else None, seconds=seconds)
+    return {"router": router, "model": served.model, "checking": checker is not None} | document
+
+
+async def _reach(client: RouterClient) -> DescribeResponse:
+    try:
+        return await client.describe()
+    except (Unavailable, DeadlineExceeded) as err:
+        raise Unavailable(f"router {client.address} cannot be reached: {err.message}") from err
+
+
+async def _describe(client: RouterClient, spec: ModelSpec) -> DescribeResponse:
+    """The served model, if it is `spec` as far as shapes tell."""
+    model = await _reach(client)
+    for field, ours, theirs in (
+        ("family", spec.family, model.family),
+        ("dim", spec.dim, model.dim),
+        ("num_experts", spec.num_experts, model.num_experts),
+        ("top_k", spec.top_k, model.top_k),
+        ("layers", spec.layers, tuple(model.layers)),
+    ):
+        if ours != theirs:
+            raise InvalidRequest(f"router {client.address} serves another model: {field} is {theirs}, not {ours}")
+    return model
+
+
+def _readable(model: Path | None, served: DescribeResponse) -> ModelSpec | None:
+    """The served model's spec read from this machine's files; None if it is not here and was not named."""
+    if model is None and not Path(served.model).is_dir():
+        return None
+    spec = read_model(model or Path(served.model))
+    ours = (spec.family, spec.dim, spec.num_experts, spec.layers)
+    theirs = (served.family, served.dim, served.num_experts, tuple(served.layers))
+    if ours != theirs:
+        raise InvalidRequest(f"model {spec.path} is not the served one: {ours} against {theirs}")
+    return spec

@@ -1,0 +1,86 @@
+"""The requests a load generator sends: hidden states, the layer they go to, and where drawn, their routing.
+
+Shapes: T tokens, D model dim, N recorded rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.patterns import Pattern, draw_routing, expert_shares
+from protos.codec import TORCH_DTYPES
+from protos.router_pb2 import DescribeResponse
+from router.gate import Routing
+
+_POOL = 8  # batches of random hidden states made in advance: drawing them anew would cost more than sending them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One request. `routing` None leaves the choice to the model's gate."""
+
+    layer: str
+    x_TD: Tensor
+    routing: Routing | None = None
+
+
+class Traffic(Protocol):
+    """An endless supply of requests."""
+
+    def next(self) -> Work:
+        """The next request."""
+
+
+class DrawnTraffic:
+    """Random hidden states of unit RMS whose experts a pattern draws; layers in turn.
+
+    The hottest expert of the l-th layer is expert l (modulo E): with the same one everywhere, a placement that deals
+    experts to servers in order would put all of them on one server.
+
+    Raises:
+        InvalidRequest: the model cannot have that pattern.
+    """
+
+    def __init__(self, pattern: Pattern, model: DescribeResponse, *, num_tokens: int, seed: int = 0) -> None:
+        share_E = expert_shares(pattern, num_experts=model.num_experts, top_k=model.top_k)
+        self._rng = np.random.default_rng(seed)
+        self._num_tokens, self._top_k = num_tokens, model.top_k
+        generator = torch.Generator().manual_seed(seed)
+        dtype = TORCH_DTYPES[model.dtype]
+        self._pool = cycle(
+            torch.randn(num_tokens, model.dim, generator=generator).to(dtype) for _ in range(_POOL)
+        )  # cycle keeps what it has seen
+        self._layers = cycle([(layer, np.roll(share_E, i)) for i, layer in enumerate(model.layers)])
+
+    def next(self) -> Work:
+        layer, share_E = next(self._layers)
+        routing = draw_routing(share_E, num_tokens=self._num_tokens, top_k=self._top_k, rng=self._rng)
+        return Work(layer=layer, x_TD=next(self._pool), routing=routing)
+
+
+class TraceTraffic:
+    """Recorded hidden states, block after block and layer after layer, from the start again at the end.
+
+    Args:
+        states: layer name to [N, D]; what does not fill a last block is joined to the beginning.
+        num_tokens: T of every request.
+    """
+
+    def __init__(self, states: Mapping[str, Tensor], *, num_tokens: int) -> None:
+        self._states, self._num_tokens = dict(states), num_tokens
+        self._at = dict.fromkeys(states, 0)
+        self._layers = cycle(states)
+
+    def next(self) -> Work:
+        layer = next(self._layers)
+        x_ND, at = self._states[layer], self._at[layer]
+        self._at[layer] = (at + self._num_tokens) % len(x_ND)
+        if at + self._num_tokens <= len(x_ND):
+            return Work(layer=layer, x_TD=x_ND[at : at + self._num_tokens])
+        row_T = (at + torch.arange(self._num_tokens)) % len(x_ND)
+        return Work(layer=layer, x_TD=x_ND[row_T])

@@ -1,0 +1,339 @@
+"""Load: patterns as drawn, traces as recorded, every answer accounted for, wrong ones found. Over real gRPC."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from cluster.checking import Checker
+from cluster.loadgen import NOT_SENT, LoadGenerator, Sample, Tally, percentiles, report
+from cluster.patterns import Pattern, draw_routing, expert_shares, parse_pattern
+from cluster.run_model import run_load
+from cluster.traffic import DrawnTraffic, TraceTraffic, Work
+from experts.config import ExpertServerConfig
+from protos import common_pb2, router_pb2
+from protos.checkpoint import read_model
+from protos.errors import InvalidRequest, Unavailable
+from router.client import RouterClient
+from router.gate import Routing
+from tests.mesh import Mesh, mesh
+from tests.tiny_models import DIM, NUM_EXPERTS, TOP_K, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("qwen2_moe", tmp_path_factory.mktemp("models") / "qwen2_moe")
+
+
+# ---------------------------------------------------------------------- patterns
+
+
+@given(
+    num_experts=st.integers(2, 64),
+    top_k=st.integers(1, 8),
+    exponent=st.floats(0, 20),
+)
+def test_zipf_shares_are_a_distribution_that_distinct_experts_can_have(
+    num_experts: int, top_k: int, exponent: float
+) -> None:
+    assume(top_k <= num_experts)
+    share_E = expert_shares(Pattern(kind="zipf", exponent=exponent), num_experts=num_experts, top_k=top_k)
+    assert share_E.sum() == pytest.approx(1)
+    assert share_E.max() <= 1 / top_k + 1e-9
+    assert (np.diff(share_E) <= 1e-12).all()
+
+
+def test_hot_experts_get_exactly_their_share() -> None:
+    share_E = expert_shares(parse_pattern("hot:2:0.6"), num_experts=8, top_k=2)
+    assert share_E[:2].tolist() == pytest.approx([0.3, 0.3])
+    assert share_E[2:].tolist() == pytest.approx([0.4 / 6] * 6)
+
+
+@pytest.mark.parametrize("text", ["hot:1:0.8", "hot:8:0.5", "hot:7:0.1"])
+def test_a_share_that_distinct_experts_cannot_have_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text.rsplit(":", 1)[0]):
+        expert_shares(parse_pattern(text), num_experts=8, top_k=2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "even", "uniform:1", "zipf", "zipf:x", "zipf:-1", "zipf:nan", "hot:1", "hot:0:0.5", "hot:1:2", "trace:"],
+)
+def test_a_pattern_that_is_none_names_what_is_allowed(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="is none of uniform"):
+        parse_pattern(text)
+
+
+@given(seed=st.integers(0, 1000), num_experts=st.integers(2, 32), top_k=st.integers(1, 8), exponent=st.floats(0, 4))
+def test_a_token_s_experts_are_distinct_and_its_weights_sum_to_one(
+    seed: int, num_experts: int, top_k: int, exponent: float
+) -> None:
+    assume(top_k <= num_experts)
+    share_E = expert_shares(Pattern(kind="zipf", exponent=exponent), num_experts=num_experts, top_k=top_k)
+    routing = draw_routing(share_E, num_tokens=50, top_k=top_k, rng=np.random.default_rng(seed))
+    assert routing.expert_TK.shape == (50, top_k)
+    assert routing.expert_TK.min() >= 0
+    assert routing.expert_TK.max() < num_experts
+    assert all(len(set(row)) == top_k for row in routing.expert_TK.tolist())
+    assert routing.weight_TK.sum(axis=1) == pytest.approx(np.ones(50), abs=1e-5)
+
+
+def test_drawn_experts_have_their_shares() -> None:
+    share_E = expert_shares(parse_pattern("zipf:1"), num_experts=16, top_k=2)
+    routing = draw_routing(share_E, num_tokens=20000, top_k=2, rng=np.random.default_rng(0))
+    drawn_E = np.bincount(routing.expert_TK.ravel(), minlength=16) / routing.expert_TK.size
+    assert drawn_E == pytest.approx(share_E, abs=0.01)
+
+
+# ---------------------------------------------------------------------- traffic
+
+
+def test_a_trace_is_sent_in_order_and_starts_again() -> None:
+    states = {"0": torch.arange(10.0).unsqueeze(1), "2": torch.arange(100.0, 104.0).unsqueeze(1)}
+    traffic = TraceTraffic(states, num_tokens=4)
+    sent = [traffic.next() for _ in range(6)]
+    assert [work.layer for work in sent] == ["0", "2"] * 3
+    assert [work.x_TD.flatten().tolist() for work in sent if work.layer == "0"] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 0, 1],
+    ]
+    assert sent[1].x_TD.flatten().tolist() == sent[3].x_TD.flatten().tolist() == [100, 101, 102, 103]
+
+
+def test_a_request_longer_than_the_trace_repeats_it() -> None:
+    work = TraceTraffic({"0": torch.arange(3.0).unsqueeze(1)}, num_tokens=7).next()
+    assert work.x_TD.flatten().tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_layers_have_different_hottest_experts() -> None:
+    model = router_pb2.DescribeResponse(
+        dim=4, num_experts=8, top_k=2, layers=["0", "1", "2"], dtype=common_pb2.DTYPE_FLOAT32
+    )
+    traffic = DrawnTraffic(parse_pattern("zipf:2"), model, num_tokens=500)
+    hottest = {}
+    for _ in range(3):
+        work = traffic.next()
+        assert work.routing is not None
+        hottest[work.layer] = int(np.bincount(work.routing.expert_TK.ravel(), minlength=8).argmax())
+    assert hottest == {"0": 0, "1": 1, "2": 2}
+
+
+# ---------------------------------------------------------------------- the generator, on a real data path
+
+
+async def drive(served: Mesh, *, share: float = 1.0, seconds: float = 1.0, **options: object) -> dict[str, object]:
+    async with RouterClient(served.router.address) as client:
+        traffic = DrawnTraffic(parse_pattern("zipf:1"), await client.describe(), num_tokens=16)
+        checker = Checker(served.spec, share=share)
+        load = LoadGenerator(client, traffic, checker=checker, **options)  # type: ignore[arg-type]
+        took_s = await load.run_for(seconds)
+        await checker.close()
+    return report(load.tally, checker.checks, seconds=took_s)
+
+
+async def test_a_closed_loop_accounts_for_every_pair(model: Path) -> None:
+    with mesh(model) as served:
+        document = await drive(served, concurrency=3)
+        totals = served.router.report().totals
+    requests, ledger, checks = document["requests"], document["ledger"], document["checks"]
+    assert isinstance(requests, dict)
+    assert isinstance(ledger, dict)
+    assert isinstance(checks, dict)
+    assert requests["failed"] == 0
+    assert requests["sent"] == requests["answered"] == totals.requests > 0
+    assert document["tokens"] == requests["sent"] * 16 == totals.tokens
+    assert ledger["pairs"] == ledger["computed"] == requests["sent"] * 16 * TOP_K == totals.pairs
+    assert checks["checked"] > 0
+    assert checks["checked"] + checks["skipped"] == requests["sent"]
+    assert checks["wrong"] == 0, checks["first_wrong"]
+
+
+async def test_an_open_loop_keeps_its_rate_whatever_the_answers_do(model: Path) -> None:
+    with mesh(model) as served:
+        document = await drive(served, rate=40.0, seconds=2.0, share=0.1)
+    requests = document["requests"]
+    assert isinstance(requests, dict)
+    assert 70 <= requests["sent"] <= 81
+
+
+async def test_lossy_answers_are_checked_on_their_effective_routing(model: Path) -> None:
+    overflow = router_pb2.OverflowPolicy(chain=["next_expert", "drop"], capacity_factor=0.5, max_score_gap=0.02)
+    spec = read_model(model)
+    states = {layer: torch.randn(512, DIM, generator=torch.Generator().manual_seed(1)) for layer in spec.layers}
+    with mesh(model) as served:
+        async with RouterClient(served.router.address) as client:
+            checker = Checker(spec, share=1.0)
+            load = LoadGenerator(
+                client, TraceTraffic(states, num_tokens=64), concurrency=1, checker=checker, overflow=overflow
+            )
+            await load.run_for(1.0)
+            await checker.close()
+        totals = served.router.report().totals
+    assert load.tally.totals.rerouted > 0
+    assert load.tally.totals.dropped > 0
+    assert (load.tally.totals.rerouted, load.tally.totals.dropped) == (totals.rerouted, totals.dropped)
+    assert checker.checks.checked > 0
+    assert checker.checks.wrong == 0, checker.checks.first_wrong
+
+
+async def test_failed_requests_are_counted_by_class_and_do_not_stop_the_load(model: Path) -> None:
+    with mesh(model, experts=ExpertServerConfig(emulated_tokens_per_s=200)) as served:
+        document = await drive(served, concurrency=4, timeout_s=0.05, seconds=1.5)
+        while any(server.report().queue_tokens for server in served.servers.values()):
+            await asyncio.sleep(0.01)
+    requests, errors = document["requests"], document["errors"]
+    assert isinstance(requests, dict)
+    assert isinstance(errors, dict)
+    assert errors["DeadlineExceeded"] > 4
+    assert sum(errors.values()) == requests["failed"]
+    assert str(document["first_error"]).startswith("DeadlineExceeded: ")
+
+
+async def test_a_router_that_went_away_is_an_error_class(model: Path) -> None:
+    with mesh(model) as served:
+        async with RouterClient(served.router.address) as client:
+            traffic = DrawnTraffic(parse_pattern("uniform"), await client.describe(), num_tokens=4)
+            load = LoadGenerator(client, traffic, concurrency=2)
+            stop = asyncio.Event()
+            running = asyncio.create_task(load.run(stop))
+            while not load.tally.answered:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(served.router.stop, 0.1)
+            while not load.tally.errors["Unavailable"]:
+                await asyncio.sleep(0.01)
+            stop.set()
+            await running
+    assert load.tally.answered > 0
+
+
+async def test_the_rate_can_be_changed_while_it_runs_and_every_request_is_a_sample(model: Path) -> None:
+    samples: list[Sample] = []
+    with mesh(model) as served:
+        async with RouterClient(served.router.address) as client:
+            traffic = DrawnTraffic(parse_pattern("uniform"), await client.describe(), num_tokens=4)
+            load = LoadGenerator(client, traffic, rate=0.0, on_sample=samples.append)
+            stop = asyncio.Event()
+            running = asyncio.create_task(load.run(stop))
+            await asyncio.sleep(0.1)
+            assert not samples
+            load.rate = 100.0
+            while len(samples) < 20:
+                await asyncio.sleep(0.01)
+            load.rate = 0.0
+            while load.num_open:
+                await asyncio.sleep(0.01)
+            stop.set()
+            await running
+    assert load.tally.answered == len(samples)
+    assert all(sample.ledger is not None and sample.num_tokens == 4 for sample in samples)
+
+
+# ---------------------------------------------------------------------- checking
+
+
+async def test_an_answer_that_is_wrong_in_any_way_is_found(model: Path) -> None:
+    spec = read_model(model)
+    checker = Checker(spec, share=1.0)
+    x_TD = torch.randn(8, DIM, generator=torch.Generator().manual_seed(2))
+    with mesh(model) as served:
+        async with RouterClient(served.router.address) as client:
+            answer = await client.forward("1", x_TD, return_routing=True)
+            assert answer.routing is not None
+            work = Work(layer="1", x_TD=x_TD)
+            assert checker.examine(work, answer)[1] == ""
+
+            off = replace(answer, y_TD=answer.y_TD * 1.001)
+            assert "relative error" in checker.examine(work, off)[1]
+
+            ledger = answer.ledger
+            unbalanced = replace(answer, ledger=replace(ledger, computed=ledger.computed - 1))
+            assert "ledger has 16 pairs, 15 computed and 0 dropped" in checker.examine(work, unbalanced)[1]
+
+            undropped = replace(answer, ledger=replace(ledger, computed=15, dropped=1))
+            assert "1 dropped pairs, the routing 0" in checker.examine(work, undropped)[1]
+
+            other_TK = (answer.routing.expert_TK + 1) % NUM_EXPERTS
+            others = await client.forward(
+                "1",
+                x_TD,
+                routing=Routing(expert_TK=other_TK, weight_TK=answer.routing.weight_TK),
+                return_routing=True,
+            )
+            assert "the routing is not the gate's" in checker.examine(work, others)[1]
+            asked = replace(work, routing=answer.routing)
+            assert "the routing is not the request's" in checker.examine(asked, others)[1]
+    await checker.close()
+
+
+# ---------------------------------------------------------------------- the command's function
+
+
+async def load_for(router: str, pattern: str, **options: object) -> dict[str, object]:
+    defaults: dict[str, object] = {
+        "rate": None,
+        "concurrency": 2,
+        "num_tokens": 8,
+        "duration_s": 0.3,
+        "timeout_s": 10.0,
+        "model": None,
+        "check_share": 1.0,
+    }
+    return await run_load(router, parse_pattern(pattern), **(defaults | options))  # type: ignore[arg-type]
+
+
+async def test_a_trace_goes_through_the_model_s_own_gate(model: Path, tmp_path: Path) -> None:
+    save_file({"layer.1": torch.randn(40, DIM), "other": torch.zeros(1)}, tmp_path / "trace.safetensors")
+    with mesh(model) as served:
+        document = await load_for(served.router.address, f"trace:{tmp_path / 'trace.safetensors'}")
+        demand = served.router.report().demand
+    assert document["checking"]
+    assert document["checks"]["wrong"] == 0  # type: ignore[index]
+    assert {layer for layer, _ in demand} == {"1"}
+
+
+async def test_arguments_that_do_not_fit_the_model_are_refused(model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.safetensors"
+    with mesh(model) as served:
+        address = served.router.address
+        with pytest.raises(InvalidRequest, match=r"tokens is 9000, limit is the router's max_request_tokens \(8192\)"):
+            await load_for(address, "uniform", num_tokens=9000)
+        with pytest.raises(InvalidRequest, match="no such file"):
+            await load_for(address, f"trace:{trace}")
+        save_file({"other": torch.zeros(1)}, trace)
+        with pytest.raises(InvalidRequest, match=r"no key of layer\.0"):
+            await load_for(address, f"trace:{trace}")
+        save_file({"layer.0": torch.zeros(3, DIM + 1)}, trace)
+        with pytest.raises(InvalidRequest, match=rf"shape \[3, {DIM + 1}\], expected \[T, {DIM}\]"):
+            await load_for(address, f"trace:{trace}")
+        trace.write_bytes(b"not a safetensors file")
+        with pytest.raises(InvalidRequest, match="not a readable safetensors file"):
+            await load_for(address, f"trace:{trace}")
+        other = tiny_model("mixtral", tmp_path / "other")
+        with pytest.raises(InvalidRequest, match="is not the served one"):
+            await load_for(address, "uniform", model=other)
+
+
+async def test_a_router_that_is_not_there_is_named() -> None:
+    with pytest.raises(Unavailable, match=r"router 127\.0\.0\.1:1 cannot be reached"):
+        await load_for("127.0.0.1:1", "uniform")
+
+
+def test_percentiles_of_nothing_are_absent() -> None:
+    assert percentiles([]) == {"p50": None, "p90": None, "p99": None, "max": None}
+    assert percentiles([0.001] * 99 + [1.0])["p50"] == pytest.approx(0.001)
+
+
+def test_a_load_without_answers_is_still_a_report() -> None:
+    tally = Tally()
+    tally.totals.requests = tally.totals.failed_requests = 1
+    tally.errors[NOT_SENT] += 1
+    document = report(tally, None, seconds=1.0)
+    assert document["requests"] == {"sent": 1, "answered": 0, "failed": 1}
+    assert document["errors"] == {NOT_SENT: 1}
