@@ -76,22 +76,35 @@ class _Stream:
     out: deque[bytes] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     open_calls: int = 0
+    sent: int = 0  # messages so far
+    pulsing: bool = False
 
     def send(self, message: bytes) -> None:
+        self.sent += 1
         self.out.append(message)
         self.wake.set()
 
     async def write(self) -> None:
-        """Write what is queued; while calls are open and nothing is ready, send a pulse now and then."""
         while True:
-            try:
-                async with asyncio.timeout(PULSE_S if self.open_calls else None):
-                    await self.wake.wait()
-            except TimeoutError:
-                self.out.append(_PULSE)
+            await self.wake.wait()
             self.wake.clear()
             while self.out:
                 await self.context.write(self.out.popleft())
+
+    def call_opened(self) -> None:
+        """From now until no call is open, send a pulse whenever PULSE_S went by without any message."""
+        self.open_calls += 1
+        if not self.pulsing:
+            self.pulsing = True
+            asyncio.get_running_loop().call_later(PULSE_S, self._pulse, self.sent)
+
+    def _pulse(self, sent_before: int) -> None:
+        if self.open_calls <= 0:
+            self.pulsing = False
+            return
+        if self.sent == sent_before:
+            self.send(_PULSE)
+        asyncio.get_running_loop().call_later(PULSE_S, self._pulse, self.sent)
 
 
 # A response without a call: tells the router that a server with a long queue is alive.
@@ -126,7 +139,6 @@ class ExpertServer:
         self._pacer = _Pacer(config.emulated_tokens_per_s)
         self._busy = _BusyMeter()
         self._launch_cost = _LaunchCost()
-        self._streams: set[_Stream] = set()
         self._draining = False
         self._pump_scheduled = False
         self._running = False
@@ -216,7 +228,6 @@ class ExpertServer:
 
     async def _compute(self, _: object, context: grpc.aio.ServicerContext) -> None:
         stream = _Stream(context)
-        self._streams.add(stream)
         writer = asyncio.create_task(stream.write())
         try:
             while (buffer := await context.read()) is not grpc.aio.EOF:
@@ -225,7 +236,7 @@ class ExpertServer:
                 await asyncio.sleep(0.005)
         finally:
             writer.cancel()
-            self._streams.discard(stream)
+            stream.open_calls = 0
             self._batcher.cancel(stream)
 
     async def _status(
@@ -275,7 +286,7 @@ class ExpertServer:
                     work=work,
                 )
             )
-            stream.open_calls += 1
+            stream.call_opened()
             self._schedule_pump()
         except Exception as err:
             self._refuse(stream, call_id, err)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from protos.errors import (
     Overloaded,
     Unavailable,
 )
+from protos.model import ModelSpec
 from router.client import RouterClient
 from router.config import OverflowConfig, RouterConfig
 from router.gate import Routing
@@ -60,9 +61,9 @@ async def test_answers_equal_the_transformers_block_whatever_the_number_of_serve
 ) -> None:
     path = tiny_model(family, tmp_path)
     oracle = load_reference(path)
-    for placement in (1, 3, "doubled"):
-        with mesh(path, 2 if placement == "doubled" else placement) as built:
-            if placement == "doubled":  # every expert on both servers
+    for num_servers, doubled in ((1, False), (3, False), (2, True)):
+        with mesh(path, num_servers) as built:
+            if doubled:  # every expert on both servers
                 for server in built.servers.values():
                     server.load([key for keys in split_copies(built.spec, 1) for key in keys])
                 built.publish()
@@ -73,7 +74,7 @@ async def test_answers_equal_the_transformers_block_whatever_the_number_of_serve
                         x_TD = random_states(num_tokens, built.spec.dim, seed=num_tokens)
                         answer = await client.forward(layer, x_TD)
                         with torch.no_grad():
-                            expected = block(x_TD.unsqueeze(0))[0] if family != "" else None
+                            expected = block(x_TD.unsqueeze(0))[0]
                         assert relative_error(answer.y_TD, expected) <= TOLERANCE
                         assert_balanced(answer.ledger)
                         assert answer.ledger.pairs == num_tokens * built.spec.top_k
@@ -257,7 +258,6 @@ async def test_a_killed_or_hung_server_fails_no_request_when_another_copy_exists
         built.servers = survivors
         layer = built.spec.layers[0]
         local = LocalLayer(built.spec, layer)
-        contributed = 0
         async with RouterClient(built.router.address) as client:
 
             async def load(worker: int) -> int:
@@ -275,7 +275,6 @@ async def test_a_killed_or_hung_server_fails_no_request_when_another_copy_exists
         totals = built.router.report().totals
         assert (totals.requests, totals.failed_requests) == (160, 0)
         assert [server_id for server_id, _ in built.lost] == ["doomed"]
-        assert contributed == 0
 
 
 async def test_rows_of_a_lost_sole_copy_wait_for_the_next_placement(model: Path) -> None:
@@ -367,7 +366,7 @@ async def test_a_vanished_client_leaves_no_work_behind(model: Path) -> None:
                 await asyncio.sleep(0.01)
 
 
-BAD_REQUESTS = {
+BAD_REQUESTS: dict[str, tuple[Callable[[ModelSpec], tuple[str, Tensor]], str]] = {
     "no tokens": (lambda spec: ("layer", torch.empty(0, spec.dim)), "num_tokens is 0, limit is 1..max_request_tokens"),
     "too many tokens": (lambda spec: ("layer", torch.zeros(129, spec.dim)), r"num_tokens is 129.*\(128\)"),
     "wrong width": (lambda spec: ("layer", torch.zeros(2, spec.dim + 1)), "x has .* bytes"),
