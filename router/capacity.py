@@ -132,7 +132,6 @@ def overflow_refused(
     expert_N, state_N = decision.expert_TK.ravel().copy(), decision.state_TK.ravel().copy()
     wave_N = decision.wave_TK.ravel()
     sent_N = state_N < PairState.DROPPED
-    sent_N[pairs_P] = False
     waves_P = wave_N[pairs_P]
     for wave in np.unique(waves_P).tolist():
         walking_P = pairs_P[waves_P == wave]

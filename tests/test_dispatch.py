@@ -61,6 +61,27 @@ def test_every_pair_is_sent_once_to_a_live_copy_or_reported(
     assert (rest.num_copies_E[batch.routing.expert_TK.ravel()[plan.unplaced_P]] == 0).all()
 
 
+def test_a_token_that_ends_one_message_and_begins_the_next_travels_in_both() -> None:
+    placement = LayerPlacement(
+        num_copies_E=np.ones(2, dtype=np.int32),
+        server_EC=np.array([[0], [1]], dtype=np.int32),
+        share_EC=np.ones((2, 1)),
+    )
+    expert_TK = np.array([[0, 1], [0, 1], [0, 1]], dtype=np.int32)
+    weight_TK = np.full((3, 2), 0.5, dtype=np.float32)
+    plan = plan_dispatch(
+        expert_TK,
+        weight_TK,
+        placement,
+        load_S=np.zeros(2),
+        rng=np.random.default_rng(0),
+        pairs_P=np.array([0, 2, 3, 5]),
+    )
+    sent = {dispatch.server: dispatch for dispatch in plan.dispatches}
+    assert {server: dispatch.row_R.tolist() for server, dispatch in sent.items()} == {0: [0, 1], 1: [1, 2]}
+    assert {server: dispatch.pair_row_P.tolist() for server, dispatch in sent.items()} == {0: [0, 1], 1: [0, 1]}
+
+
 @given(routed(max_tokens=60), st.data(), generators(), st.integers(1, 7))
 def test_blocks_of_rows_are_dispatches_of_their_own(
     batch: Routed, data: st.DataObject, rng: np.random.Generator, max_rows: int
