@@ -1,1 +1,6 @@
-"""."""
+"""The contracts of expertmesh: messages, services, errors, tensors on the wire, and what a model is.
+
+Imports nothing of ours. `__all__` names the modules that the other packages may import; the rest is private.
+"""
+
+__all__ = ["checkpoint", "codec", "common_pb2", "errors", "expert_pb2", "loops", "model", "router_pb2", "services"]

@@ -1,1 +1,6 @@
-"""."""
+"""The request path: gate, capacity, dispatch, transport, combine, endpoint. Imports `protos`, and runs without Ray.
+
+`__all__` names the modules that the other packages may import; the rest is private.
+"""
+
+__all__ = ["client", "combine", "config", "gate", "ledger", "service", "shared", "table"]

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,10 @@ PACKAGES = ("protos", "experts", "router", "cluster")
 ARROWS = {"protos": set(), "experts": {"protos"}, "router": {"protos"}, "cluster": {"protos", "experts", "router"}}
 # third-party package -> ours that may import it
 ONLY_IN = {"ray": {"cluster"}, "transformers": {"cluster"}, "typer": {"cluster"}, "rich": {"cluster"}}
-# transformers takes seconds to import: only modules that nothing on the way to serving imports may have it
 MAX_MODULE_LINES = 400
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("**/*.py") if "_pb2" not in path.name)
-SOURCES = sorted(
-    path for folder in (*PACKAGES, "benchmarks", "examples") for path in (ROOT / folder).glob("**/*.py")
-)  # fmt: skip
+SOURCES = sorted(path for folder in (*PACKAGES, "benchmarks", "examples") for path in (ROOT / folder).glob("**/*.py"))
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -96,19 +94,22 @@ def test_no_module_of_a_package_imports_itself_in_a_circle() -> None:
         visit(name, ())
 
 
-def test_serving_modules_do_not_load_transformers_ray_or_each_other_at_run_time() -> None:
-    """The arrows again, as a fresh interpreter sees them: what an import really pulls in."""
-    import subprocess
-
-    for start, forbidden in (
+@pytest.mark.parametrize(
+    ("start", "forbidden"),
+    [
         ("import experts.service, experts.__main__", {"ray", "transformers", "router", "cluster"}),
-        ("import router.service, router.client", {"ray", "transformers", "experts", "cluster"}),
-    ):
-        code = f"{start}; import sys; print(*sorted({forbidden!r} & sys.modules.keys()))"
-        found = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-        )
-        assert found.stdout.split() == [], f"{start} pulls in {found.stdout}"
+        ("import router.service, router.client, router.__main__", {"ray", "transformers", "experts", "cluster"}),
+        ("import cluster.app", {"transformers", "typer", "rich", "matplotlib"}),  # replicas must start fast
+        ("import cluster.cli", {"ray", "transformers", "torch", "matplotlib"}),  # and --help must answer at once
+    ],
+)
+def test_what_an_import_really_loads(start: str, forbidden: set[str]) -> None:
+    """The arrows again, as a fresh interpreter sees them: what an import really pulls in."""
+    code = f"{start}; import sys; print(*sorted({forbidden!r} & sys.modules.keys()))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert found.stdout.split() == [], f"{start} pulls in {found.stdout}"
 
 
 def test_modules_hold_one_idea() -> None:
@@ -129,18 +130,33 @@ def test_modules_say_what_they_own() -> None:
     assert not silent, f"no module docstring: {silent}"
 
 
-def test_packages_list_their_public_names_in_order() -> None:
-    for package in PACKAGES:
-        tree = ast.parse((ROOT / package / "__init__.py").read_text())
-        docstring = ast.get_docstring(tree) or ""
-        assert len(docstring) > 20, f"{package}/__init__.py does not say what the package is"
-        names: list[str] = [
-            ast.literal_eval(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
-        ]
-        for exported in names:
-            assert list(exported) == sorted(set(exported)), f"{package}.__all__ is not sorted"
+def exports(package: str) -> list[str]:
+    """`__all__` of a package: the names of its modules that others may import."""
+    for node in ast.parse((ROOT / package / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return [str(name) for name in ast.literal_eval(node.value)]
+    raise AssertionError(f"{package}/__init__.py has no __all__")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_list_their_public_modules_in_order(package: str) -> None:
+    names = exports(package)
+    assert names == sorted(set(names))
+    assert all((ROOT / package / f"{name}.py").is_file() for name in names)
+
+
+def test_packages_import_only_public_modules_of_each_other() -> None:
+    public = {package: set(exports(package)) for package in PACKAGES}
+    wrong = [
+        f"{where(path, line)} imports {module}"
+        for path in MODULES
+        for module, line in imports(path)
+        if (parts := module.split("."))[0] in PACKAGES
+        and parts[0] != path.relative_to(ROOT).parts[0]
+        and len(parts) > 1
+        and parts[1] not in public[parts[0]]
+    ]
+    assert not wrong
 
 
 def test_nothing_is_left_for_later() -> None:
