@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from router.replicas import SPLIT_TOKENS, choose_copies, fill, stable_order
 from router.table import CopyShare, LayerPlacement, PlacementTable, ServerAddress
-from tests.strategies import generators, placements
+from tests.strategies import generators, placements, tables
 
 NUM_EXPERTS = 6
 
@@ -70,6 +70,16 @@ def test_a_placement_without_some_servers_keeps_exactly_the_other_copies(
         assert rest.num_copies_E[expert] == len(wanted)
         assert (rest.server_EC[expert, len(wanted) :] == -1).all()
         assert (rest.share_EC[expert, len(wanted) :] == 0).all()
+
+
+@given(table=tables(NUM_EXPERTS), dead=st.sets(st.integers(0, 4)))
+def test_a_table_without_dead_servers_has_the_layers_without_them(table: PlacementTable, dead: set[int]) -> None:
+    ids = frozenset(server.server_id for i, server in enumerate(table.servers) if i in dead)
+    mask_S = np.array([i in dead for i in range(len(table.servers))])
+    rest, wanted = table.without(ids).layer("0"), table.layer("0").without(mask_S)
+    assert [rest.copies(expert) for expert in range(NUM_EXPERTS)] == [
+        wanted.copies(expert) for expert in range(NUM_EXPERTS)
+    ]
 
 
 @given(seed=st.integers(0, 2**32 - 1), placement=placements(NUM_EXPERTS))
