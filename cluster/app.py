@@ -3,7 +3,9 @@
 `serve run cluster.app:build model=DIR`, `serve deploy` and a KubeRay RayService all start from `build`.
 """
 
+import asyncio
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from cluster.expert_replica import ExpertServerReplica
 from cluster.placement import Placement
 from cluster.router_replica import RouterReplica
 from protos.checkpoint import read_model
+from protos.errors import Unavailable
 
 PLACEMENT, EXPERT_SERVER, ROUTER = "Placement", "ExpertServer", "Router"
 
 # Calls in flight at a replica are heartbeats and long polls: Serve's default patience of 2 s helps nobody.
 _SHUTDOWN_WAIT_LOOP_S = 0.1
+_LOGGING = {"log_level": "INFO", "enable_access_log": False}  # or every heartbeat would be a line
 
 
 def build(args: ClusterConfig) -> Application:
@@ -42,6 +46,7 @@ def build(args: ClusterConfig) -> Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_WAIT_LOOP_S,
+        logging_config=_LOGGING,
     )(Placement)
     experts = serve.deployment(
         name=EXPERT_SERVER,
@@ -52,6 +57,7 @@ def build(args: ClusterConfig) -> Application:
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=args.experts.drain_timeout_s + 10,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_WAIT_LOOP_S,
+        logging_config=_LOGGING,
     )(ExpertServerReplica)
     if args.experts.max_servers_per_node is not None:
         experts = experts.options(max_replicas_per_node=args.experts.max_servers_per_node)
@@ -64,6 +70,7 @@ def build(args: ClusterConfig) -> Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=10,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_WAIT_LOOP_S,
+        logging_config=_LOGGING,
     )(RouterReplica)
     placement_node = placement.bind(args)
     return router.bind(args, placement_node, experts.bind(args, placement_node))
@@ -101,13 +108,37 @@ def deploy(config: ClusterConfig) -> None:
         UnsupportedModel: the model cannot be read.
         RuntimeError: Serve could not start the deployments.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
     application = build(config)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": config.router.host, "port": config.router.http_port},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        logging_config=_LOGGING,
     )
-    serve.run(application, name=config.name, route_prefix=f"/{config.name}", logging_config=None)
+    serve.run(application, name=config.name, route_prefix=config.router.route_prefix)
+
+
+async def wait_until_ready(name: str, *, timeout_s: float) -> dict[str, Any]:
+    """Wait until every expert has a live copy in the table that the routers use; returns the status.
+
+    Raises:
+        Unavailable: not within the time; the message says what is missing.
+    """
+    found: dict[str, Any] = {}
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not found or not _is_ready(found):
+                found = await status(name)
+                await asyncio.sleep(0.05)
+    except TimeoutError as err:
+        missing = f"{len(found['missing_experts'])} experts have no copy yet" if found else "no placement answers"
+        raise Unavailable(f"cluster {name!r} is not ready after {timeout_s:g} s: {missing}") from err
+    return found
+
+
+def _is_ready(found: dict[str, Any]) -> bool:
+    current = bool(found["routers"]) and all(router["epoch"] == found["epoch"] for router in found["routers"])
+    return found["settled"] and not found["missing_experts"] and current
 
 
 async def status(name: str) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class RouterPoolConfig(_Config):
     http_port: int = Field(
         default=8000, ge=1, le=65535, description="port of Serve's HTTP proxy, which has /status and /healthz"
     )
+    route_prefix: str = Field(
+        default="/", pattern=r"^/", description="HTTP path below which this cluster answers, if Serve has several"
+    )
     num_replicas: int = Field(default=1, ge=1, description="router processes; they share nothing but the table")
     num_cpus: float = Field(default=0.5, ge=0, description="CPU cores that Ray reserves for one router")
     settings: RouterConfig = Field(default=RouterConfig(), description="how one router works")
@@ -155,8 +158,11 @@ class ClusterConfig(_Config):
     scaling: ScalingConfig = Field(default=ScalingConfig(), description="how many servers")
 
 
-def load_config(path: Path) -> ClusterConfig:
+def load_config(path: Path, *, model: str | None = None) -> ClusterConfig:
     """Read a cluster's YAML file.
+
+    Args:
+        model: takes the place of the file's model, which may then be absent.
 
     Raises:
         InvalidRequest: the file cannot be read, is not YAML, or has a wrong field; one line names it.
@@ -169,7 +175,7 @@ def load_config(path: Path) -> ClusterConfig:
         raise InvalidRequest(f"{path}: not YAML: {' '.join(str(err).split())}") from err
     if not isinstance(data, dict):
         raise InvalidRequest(f"{path}: expected a mapping of fields, got {type(data).__name__}")
-    return parse_config(data, where=str(path))
+    return parse_config(data if model is None else data | {"model": model}, where=str(path))
 
 
 def parse_config(data: dict[str, Any], *, where: str = "config") -> ClusterConfig:

@@ -38,6 +38,9 @@ _FAKE_HEAD_ID = "f" * 51 + "00000"  # what the fake provider calls its head node
 _PRELOAD = "torch,ray.serve._private.replica"
 
 
+_children: dict[int, "subprocess.Popen[bytes]"] = {}  # by session, to be waited for
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeScaling:
     """Worker nodes that Ray's autoscaler adds and removes; each has one (fake) GPU."""
@@ -75,6 +78,8 @@ class LocalRay:
                 _signal(left, signal.SIGKILL)
                 time.sleep(0.05)
                 left = [pid for pid in left if _session_of(pid) == self.session]
+        if self.session in _children:
+            _children.pop(self.session).wait()
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
@@ -110,12 +115,12 @@ def start_ray(*, num_cpus: int, num_gpus: int = 0, nodes: NodeScaling | None = N
             start_new_session=True,
             env=_environment(os.environ, autoscaling=nodes is not None),
         )
+    _children[process.pid] = process
     started = LocalRay(address=f"{host}:{port}", session=process.pid, temp_dir=temp_dir)
     try:
         _wait_until_up(process, log_file)
     except BaseException:
         started.stop()
-        process.wait()
         raise
     return started
 
@@ -137,6 +142,7 @@ def connect(address: str) -> None:
         Unavailable: nothing answers there.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # ray.init would otherwise invent a token of its own
+    logging.getLogger("ray").setLevel(logging.WARNING)
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():

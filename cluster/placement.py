@@ -6,6 +6,7 @@ with the last table. Servers and routers pull: they report, and wait here (long 
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import ray
 
 from cluster.config import ClusterConfig
 from cluster.fleet import Assignment, Fleet, Key, ServerHello
@@ -159,6 +161,7 @@ class Placement:
             "name": self._config.name,
             "epoch": table.epoch,
             "settled": fleet.settled,
+            "placement": {"node": ray.get_runtime_context().get_node_id()[-8:], "pid": os.getpid()},
             "router": {
                 "grpc": routers[0].address if routers else None,
                 "http": f"{self._config.router.host}:{self._config.router.http_port}",

@@ -7,7 +7,7 @@ from typing import Any
 
 log = logging.getLogger("expertmesh.cluster")
 
-POLL_S = 2.0  # longest wait for news; bounds how long a placement that is to stop is kept busy
+POLL_S = 1.0  # longest wait for news; bounds how long a placement that is to stop is kept busy
 ANSWER_S = 3.0  # a placement that has not answered for this long is treated as away
 
 
