@@ -73,7 +73,7 @@ class Request:
     @property
     def merge_key(self) -> tuple[object, ...]:
         """Requests with equal keys may share a batch."""
-        return (self.x_TD.dtype, self.overflow, self.routing is None or self.routing.top_k)
+        return (self.x_TD.dtype, self.overflow, 0 if self.routing is None else self.routing.top_k)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
