@@ -1,18 +1,23 @@
 """The command line. Scripts are written against it: see `cluster/console.py` for what goes where.
 
 Commands import what they need when they run, so that `--help` and mistakes are answered at once. This is the only
-place that reads the environment (through typer's `envvar`).
+place that reads the environment.
 """
 
 import asyncio
+import logging
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cluster.console import BAD_INPUT, FAILED, CommandError, bad_input, die, output
+from cluster.console import BAD_INPUT, FAILED, CommandError, bad_input, die, note, output
 
 app = typer.Typer(
     name="expertmesh",
@@ -25,6 +30,10 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="model directory (or hub id)")]
 Router = Annotated[str | None, typer.Option("--router", metavar="H:P", help="router endpoint; none: in this process")]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", envvar="EXPERTMESH_STATE_DIR", help="where `up` leaves what `status` and `down` need"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
 
 
@@ -143,6 +152,64 @@ def load(
         _require_good_load(document)
 
 
+@app.command()
+def up(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="cluster to deploy")] = None,
+    *,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="model to serve, instead of the file's")] = None,
+    servers: Annotated[int | None, typer.Option(metavar="N", help="expert servers to start with, and at least")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="A", envvar="RAY_ADDRESS", help="Ray to deploy on (host:port or auto); none: a local one"),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="return once ready, instead of staying until Ctrl-C")
+    ] = False,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Deploy a cluster, wait until it is ready, print its status; Ctrl-C or `expertmesh down` stops it."""
+    with output(as_json=as_json) as out, _interruptible():
+        from cluster import run_cluster
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        folder = _state_dir(state_dir)
+        wanted = run_cluster.read_config(config, model=model, servers=servers)
+        found = run_cluster.up(wanted, address=address, folder=folder, on_progress=note)
+        out.document(found)
+        for line in _status_lines(found):
+            out.line(line)
+        if detach:
+            return
+        note("ready; Ctrl-C stops it")
+        try:
+            run_cluster.wait_until_down(folder)
+        except KeyboardInterrupt:
+            note(run_cluster.down(folder))
+
+
+@app.command()
+def status(*, as_json: Json = False, state_dir: StateDir = None) -> None:
+    """Show the cluster that is up."""
+    with output(as_json=as_json) as out:
+        from cluster.run_cluster import find_status
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        found = find_status(_state_dir(state_dir))
+        out.document(found)
+        for line in _status_lines(found):
+            out.line(line)
+
+
+@app.command()
+def down(*, state_dir: StateDir = None) -> None:
+    """Stop what `up` deployed, and the local Ray it started; nothing else."""
+    with output(as_json=False) as out:
+        from cluster import run_cluster
+
+        out.line(run_cluster.down(_state_dir(state_dir)))
+
+
 def main() -> None:
     """The `expertmesh` command: whatever goes wrong is one line on standard error and a status."""
     try:
@@ -183,6 +250,43 @@ def _check_address(address: str | None) -> None:
     match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", address or "localhost:1")
     if match is None or not 1 <= int(match[1]) <= 65535:
         raise bad_input(f"--router is {address!r}, expected host:port with a port of 1..65535")
+
+
+def _state_dir(given: Path | None) -> Path:
+    """A directory of this user's, as the XDG base directory specification has it."""
+    return given or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "expertmesh"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: with everything it started stopped."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _status_lines(found: dict[str, Any]) -> list[str]:
+    servers = found["servers"]
+    lines = [
+        f"model   {found['model']}",
+        f"router  grpc {found['router']['grpc']}, http {found['router']['http']}, epoch {found['epoch']}",
+    ]
+    lines += [
+        f"server  {server['id']}  {server['grpc']}  node {server['node']}  pid {server['pid']}  {server['state']}, "
+        f"{server['copies']} copies, {server['bytes'] / 2**20:,.0f} of {server['budget_bytes'] / 2**20:,.0f} MiB, "
+        f"queue {server['queue_tokens']}, busy {server['busy']:.0%}"
+        for server in servers
+    ]
+    lines.append(
+        f"experts {len(found['single_copy_experts'])} with a single live copy, {len(found['missing_experts'])} without"
+    )
+    return lines
 
 
 def _load_lines(document: dict[str, Any]) -> list[str]:

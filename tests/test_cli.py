@@ -1,6 +1,7 @@
 """The command line as scripts use it: in subprocesses, standard output, one line on standard error, exit status."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.cli import main
 from cluster.local_layer import LocalLayer
+from cluster.standing import load
 from protos.checkpoint import read_model
 from router.client import as_tensors
 from router.config import RouterConfig
@@ -84,7 +86,7 @@ def test_help_is_there_at_once() -> None:
     done = expertmesh("--help")
     assert time.monotonic() - began_s < 2.0  # torch alone takes longer to import
     assert done.returncode == 0
-    for command in ("layer", "verify", "load"):
+    for command in ("layer", "verify", "load", "up", "status", "down"):
         assert f"  {command} " in done.stdout
 
 
@@ -176,6 +178,81 @@ def test_load_for_people_is_lines(served: Mesh, here: Run) -> None:
 )
 def test_a_bad_argument_is_one_line_and_status_2(args: tuple[str, ...], parts: tuple[str, ...], here: Run) -> None:
     assert_one_line(here(*args), 2, *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "parts"),
+    [
+        (None, (), ("CONFIG.yaml", "--model")),
+        (None, ("--model", "no/such/dir"), ("'no/such/dir'", "no such directory")),
+        (None, ("--model", "tests"), ("config.json",)),
+        (None, ("--model", "{model}", "--servers", "0"), ("--servers is 0", "at least 1")),
+        (None, ("no.yaml",), ("no.yaml", "No such file")),
+        ("model: [", ("{config}",), ("not YAML",)),
+        ("model: x\nexpert: {}", ("{config}",), ("expert",)),
+        ("experts: {min_servers: 3, max_servers: 1}", ("{config}", "--model", "{model}"), ("max_servers (1)",)),
+        (None, ("--model", "{model}", "--address", "nowhere"), ("'nowhere'", "host:port")),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_one_line_and_status_2(
+    text: str | None, args: tuple[str, ...], parts: tuple[str, ...], model: Path, tmp_path: Path, here: Run
+) -> None:
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_text(text)
+    given = [arg.format(model=model, config=config) for arg in args]
+    assert_one_line(here("up", *given, "--state-dir", tmp_path / "state"), 2, *parts)
+    assert not (tmp_path / "state" / "cluster.json").exists()
+
+
+def test_a_port_in_use_is_one_line_and_status_2(model: Path, tmp_path: Path, here: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = tmp_path / "config.yaml"
+        config.write_text(f"model: {model}\nrouter: {{port: {port}}}")
+        assert_one_line(here("up", config, "--state-dir", tmp_path), 2, f"port {port}", "in use")
+
+
+def test_a_ray_that_is_not_there_is_one_line_and_status_1(model: Path, tmp_path: Path, here: Run) -> None:
+    done = here("up", "--model", model, "--address", "127.0.0.1:1", "--state-dir", tmp_path)
+    assert_one_line(done, 1, "no Ray at 127.0.0.1:1")
+
+
+def test_nothing_is_up_unless_somebody_started_it(tmp_path: Path, here: Run) -> None:
+    assert_one_line(here("status", "--json", "--state-dir", tmp_path), 1, "no cluster is up")
+    done = here("down", "--state-dir", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "no cluster is up\n")
+
+
+def test_a_cluster_goes_up_shows_its_status_and_goes_down(model: Path, tmp_path: Path, here: Run) -> None:
+    state = ("--state-dir", tmp_path / "state")
+    config = tmp_path / "config.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        http_port = probe.getsockname()[1]
+    config.write_text(f"name: tried\nrouter: {{http_port: {http_port}}}\n")
+    done = expertmesh("up", config, "--model", model, "--servers", 1, "--detach", "--json", *state)
+    try:
+        assert done.returncode == 0, done.stderr
+        found = document(done)
+        assert found["model"] == str(model)
+        assert found["missing_experts"] == []
+        assert [server["state"] for server in found["servers"]] == ["serving"]
+        assert_one_line(here("up", "--model", model, *state), 2, "up already")
+        routed = here("verify", model, "--router", found["router"]["grpc"], "--json")
+        assert routed.returncode == 0, routed.stderr
+        shown = expertmesh("status", "--json", *state)
+        assert shown.returncode == 0, shown.stderr
+        assert document(shown)["servers"][0]["id"] == found["servers"][0]["id"]
+    finally:
+        standing = load(tmp_path / "state")
+        down = here("down", *state)
+    assert standing is not None
+    assert standing.local_ray is not None
+    assert down.returncode == 0, down.stderr
+    assert "stopped tried and its local Ray" in down.stdout
+    assert standing.local_ray.pids() == []
+    assert not standing.local_ray.temp_dir.exists()
+    assert load(tmp_path / "state") is None
 
 
 def test_a_bad_file_is_one_line_and_status_2(model: Path, states: Path, tmp_path: Path, here: Run) -> None:

@@ -1,0 +1,153 @@
+"""What `expertmesh up`, `status` and `down` do."""
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster import standing
+from cluster.app import remove, status
+from cluster.bring_up import bring_up
+from cluster.config import ClusterConfig, load_config, parse_config
+from cluster.local import LocalRay, NodeScaling, connect, start_ray
+from cluster.models import find_model
+from cluster.standing import Standing
+from protos.checkpoint import read_model
+from protos.errors import InvalidRequest, Unavailable
+from protos.services import require_free_port
+
+READY_TIMEOUT_S = 600.0
+STATUS_TIMEOUT_S = 10.0
+
+
+def read_config(path: Path | None, *, model: str | None, servers: int | None) -> ClusterConfig:
+    """The config of `up`: a YAML file, or defaults with `--model`; the options win over the file.
+
+    Raises:
+        InvalidRequest: no file and no model, or a value that cannot be; names field, value and limit.
+        UnsupportedModel: the model cannot be read.
+    """
+    if path is not None:
+        config = load_config(path, model=model)
+    elif model is not None:
+        config = parse_config({"model": model}, where="options")
+    else:
+        raise InvalidRequest("a CONFIG.yaml or --model DIR is needed")
+    if servers is not None:
+        if servers < 1:
+            raise InvalidRequest(f"--servers is {servers}, it must be at least 1")
+        pool = config.experts.model_dump() | {"min_servers": servers}
+        pool["max_servers"] = max(servers, config.experts.max_servers)
+        config = parse_config(config.model_dump() | {"experts": pool}, where="options")
+    config = config.model_copy(update={"model": str(find_model(config.model))})
+    read_model(Path(config.model))
+    return config
+
+
+def up(
+    config: ClusterConfig, *, address: str | None, folder: Path, on_progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Deploy on the Ray at `address`, or on one started here, and wait until ready; returns the cluster's status.
+
+    If it fails, what it started is stopped.
+
+    Args:
+        folder: where `status` and `down` will look.
+
+    Raises:
+        InvalidRequest: a cluster is up already, or a port is in use.
+        Unavailable: no Ray there, or the cluster does not become ready.
+    """
+    before = standing.load(folder)
+    if before is not None and before.alive:
+        raise InvalidRequest(f"a cluster is up already, on Ray {before.address}: stop it with `expertmesh down`")
+    local: LocalRay | None = None
+    if address is not None:
+        connect(address)  # before anything is remembered: there is nothing to stop if this fails
+    else:
+        for port in filter(None, (config.router.port, config.router.http_port)):
+            require_free_port(config.router.host, port)
+        on_progress("starting a local Ray")
+        local = _start_ray(config)
+        address = local.address
+    mine = Standing(name=config.name, address=address, local_ray=local, started_by=os.getpid())
+    standing.save(mine, folder)
+    try:
+        if local is not None:
+            connect(address)
+        on_progress(f"deploying {config.model} on Ray {address}")
+        return bring_up(config, timeout_s=READY_TIMEOUT_S, on_progress=on_progress)
+    except BaseException:
+        down(folder)
+        raise
+
+
+def wait_until_down(folder: Path) -> None:
+    """Return when `expertmesh down` has stopped the cluster that this process has up."""
+    while (current := standing.load(folder)) is not None and current.started_by == os.getpid():
+        time.sleep(0.2)
+
+
+def find_status(folder: Path) -> dict[str, Any]:
+    """The status of the cluster that is up.
+
+    Raises:
+        Unavailable: none is, or it does not answer.
+    """
+    current = standing.load(folder)
+    if current is None or not current.alive:
+        raise Unavailable("no cluster is up: start one with `expertmesh up`")
+    connect(current.address)
+    try:
+        return asyncio.run(asyncio.wait_for(status(current.name), STATUS_TIMEOUT_S))
+    except Exception as err:
+        raise Unavailable(
+            f"cluster {current.name} on Ray {current.address} does not answer: {type(err).__name__}"
+        ) from err
+
+
+def down(folder: Path) -> str:
+    """Stop what `up` deployed, and the Ray it started; returns a line that says what that was.
+
+    Raises:
+        Unavailable: the Ray that `up` found does not answer, so that the application cannot be deleted.
+    """
+    current = standing.load(folder)
+    if current is None:
+        return "no cluster is up"
+    if current.local_ray is not None:
+        if ray.is_initialized():
+            ray.shutdown()
+        current.local_ray.stop()
+        stopped = f"stopped {current.name} and its local Ray {current.address}"
+    else:
+        if not ray.is_initialized():
+            connect(current.address)
+        remove(current.name)
+        stopped = f"removed {current.name} from Ray {current.address}"
+    standing.forget(folder)
+    return stopped
+
+
+def _start_ray(config: ClusterConfig) -> LocalRay:
+    """A local Ray with room for the whole cluster; with a limit of servers per node, as many nodes as needed."""
+    pool, routers = config.experts, config.router
+    control_cpus = 1 + routers.num_replicas * routers.num_cpus
+    if pool.max_servers_per_node is None:
+        return start_ray(
+            num_cpus=max(os.cpu_count() or 1, math.ceil(control_cpus + pool.max_servers * pool.num_cpus)),
+            num_gpus=math.ceil(pool.max_servers * pool.num_gpus),
+        )
+    return start_ray(
+        num_cpus=math.ceil(control_cpus),
+        nodes=NodeScaling(
+            min_nodes=math.ceil(pool.min_servers / pool.max_servers_per_node),
+            max_nodes=math.ceil(pool.max_servers / pool.max_servers_per_node),
+            cpus_per_node=max(1, math.ceil(pool.max_servers_per_node * pool.num_cpus)),
+        ),
+    )
