@@ -219,8 +219,9 @@ def test_the_import_path_is_a_builder_that_takes_a_cluster_config() -> None:
     assert next(iter(inspect.get_annotations(build, eval_str=True).values())) is ClusterConfig
 
 
-def test_the_application_and_the_config_have_one_name() -> None:
+def test_the_application_and_the_config_agree_on_name_and_path() -> None:
     assert APPLICATION["name"] == CONFIG.name
+    assert APPLICATION["route_prefix"] == CONFIG.router.route_prefix
 
 
 def test_ports_agree_between_config_pods_and_services() -> None:
