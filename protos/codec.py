@@ -52,6 +52,20 @@ def tensor_bytes(x: Tensor) -> memoryview:
     return memoryview(array).cast("B") if flat.numel() else memoryview(b"")
 
 
+class RowBytes:
+    """The raw bytes of row blocks of one tensor [T, D], for a batch that sends several of them."""
+
+    def __init__(self, x_TD: Tensor) -> None:
+        flat = x_TD.detach().cpu().contiguous()
+        words: Any = (flat if flat.dtype is torch.float32 else flat.view(torch.int16)).numpy()
+        self._words_TD = words
+
+    def bytes_of(self, row_R: npt.NDArray[np.int32]) -> memoryview:
+        """The rows in this order; a view where they are all rows (row_R ascends, each row once), else a copy."""
+        words: Any = self._words_TD if len(row_R) == len(self._words_TD) else self._words_TD[row_R]
+        return memoryview(words).cast("B")
+
+
 def read_tensor(data: Buffer, dtype: common_pb2.DType, shape: tuple[int, ...], *, name: str) -> Tensor:
     """A tensor over `data`, without a copy. Treat it as read-only: it shares the received message's memory.
 

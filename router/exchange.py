@@ -9,6 +9,7 @@ A pair's flat index is t * K + k.
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from protos import expert_pb2
-from protos.codec import WIRE_DTYPES, tensor_bytes
+from protos.codec import WIRE_DTYPES, RowBytes
 from protos.errors import ExpertmeshError, NoCopy, Overloaded
 from router.capacity import CapacityDecision, PairState, overflow_refused, tally
-from router.combine import combine, finish
+from router.combine import RoutedSum, finish
 from router.context import LayerContext
 from router.dispatch import Dispatch, plan_dispatch, split_rows
 from router.gate import Routing
@@ -30,7 +31,8 @@ from router.table import PlacementTable
 from router.transport import Inbox, Reply, ServerLink, row_bytes
 
 IndexArray = npt.NDArray[np.int64]
-_NEVER = -(1 << 62)  # pairs left of a request that has failed: no settling reaches 0
+_NEVER = -(1 << 62)  # pairs left of a request that has its answer: no settling reaches 0
+_NO_PAIRS: IndexArray = np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -65,52 +67,56 @@ class Exchange:
         self._routing = routing
         self._decision = decision
         self._top_k = routing.expert_TK.shape[1]
-        self._y_TD = torch.zeros(batch.x_TD.shape, dtype=torch.float32)
+        self._sum = RoutedSum(*batch.x_TD.shape)
+        self._rows = RowBytes(batch.x_TD)
         self._shared_TD: Tensor | None = None
         self._inbox = Inbox()
         self._in_flight: dict[int, _Sent] = {}  # by id(sent)
         self._refused: list[tuple[float, IndexArray]] = []  # (not before, pairs)
         self._refusals = 0
-        self._absent: IndexArray = np.empty(0, dtype=np.int64)
+        self._absent: IndexArray = _NO_PAIRS
         self._excluded: set[str] = set()  # servers this batch gave up on, until the placement changes
         self._full: set[str] = set()  # servers that refused, until the refused pairs are offered again
         self._changed = False  # the placement, since we last looked
         self._wave = 0
-        self._retried_T = np.zeros(len(batch.x_TD), dtype=np.int64)
+        self._retried_T: IndexArray | None = None
         self._servers: set[str] = set()
-        self._tokens = np.asarray(batch.offsets)
         # Weights as they are sent. A later change of a token's weights scales its row at the end (see _reweigh).
         self._weight_TK = decision.weight_TK
         self._scale_T: npt.NDArray[np.float32] | None = None
         # Pairs a request still waits for, plus 1 for its share of the shared expert's output.
         self._plain = decision.num_waves == 1 and not decision.state_TK.any()
-        unsettled_T = np.full(len(batch.x_TD), self._top_k)
+        offsets = batch.offsets
+        self._left = [(end - start) * self._top_k + 1 for start, end in pairwise(offsets)]
         if not self._plain:
-            unsettled_T -= (decision.state_TK == PairState.DROPPED).sum(axis=1)
-        self._left = np.add.reduceat(unsettled_T, self._tokens[:-1]) + 1
+            dropped_T = (decision.state_TK == PairState.DROPPED).sum(axis=1)
+            for i, dropped in enumerate(np.add.reduceat(dropped_T, offsets[:-1]).tolist()):
+                self._left[i] -= dropped
         self._sent_s = time.monotonic()
 
     async def run(self) -> None:
         """Send, receive, re-plan, until every request has its answer."""
-        batch = self._batch
+        batch, snapshot = self._batch, self._context.snapshot
         batch.on_abandoned = self._inbox.wake
-        with self._context.snapshot.listening(self._on_change):
-            try:
-                if self._plain:
-                    self._send(None)
-                else:
-                    self._settle_failed()
-                    self._absent = self._pairs_in(PairState.ABSENT)
-                    self._send(self._wave_pairs(0))
-                await self._compute_shared()
-                while batch.alive and (self._in_flight or self._waiting()):
-                    self._release()
-                    reply = await self._inbox.next(self._patience_s())
-                    if reply is not None:
-                        self._receive(reply)
-            finally:
-                for sent in self._in_flight.values():
-                    sent.link.cancel([sent.call_id])
+        snapshot.listen(self._on_change)
+        self._changed = snapshot.current is not self._table  # while the gate computed
+        try:
+            if self._plain:
+                self._send(None)
+            else:
+                self._settle_failed()
+                self._absent = self._pairs_in(PairState.ABSENT)
+                self._send(self._wave_pairs(0))
+            await self._compute_shared()
+            while batch.alive and (self._in_flight or self._waiting()):
+                self._release()
+                reply = await self._inbox.next(self._patience_s())
+                if reply is not None:
+                    self._receive(reply)
+        finally:
+            snapshot.forget(self._on_change)
+            for sent in self._in_flight.values():
+                sent.link.cancel([sent.call_id])
 
     # ------------------------------------------------------------------ sending
 
@@ -149,7 +155,6 @@ class Exchange:
             return
         x_TD, dtype = self._batch.x_TD, WIRE_DTYPES[self._batch.x_TD.dtype]
         partial_dtype = dtype if self._context.config.partial_dtype == "model" else WIRE_DTYPES[torch.float32]
-        x_RD = x_TD if len(block.row_R) == len(x_TD) else x_TD[torch.from_numpy(block.row_R)]
         head = expert_pb2.ComputeRequest(
             layer=self._batch.layer,
             epoch=self._table.epoch,
@@ -163,7 +168,7 @@ class Exchange:
         )
         sent = _Sent(dispatch=block, link=link, call_id=0)
         self._in_flight[id(sent)] = sent
-        sent.call_id = link.send(head, tensor_bytes(x_RD), dim=x_TD.shape[1], inbox=self._inbox, tag=sent)
+        sent.call_id = link.send(head, self._rows.bytes_of(block.row_R), dim=x_TD.shape[1], inbox=self._inbox, tag=sent)
 
     async def _compute_shared(self) -> None:
         """The shared expert, while the routed rows are away; then every request waits for its pairs only."""
@@ -173,7 +178,7 @@ class Exchange:
             assert spec is not None, "a layer has a shared expert only if the model has"
             x_TD, flops = self._batch.x_TD, self._batch.x_TD.numel() * spec.hidden_dim * 3
             self._shared_TD = await self._context.compute(lambda: shared(x_TD), flops=flops)
-        self._left -= 1
+        self._left = [left - 1 for left in self._left]
         self._answer_finished()
 
     # ------------------------------------------------------------------ receiving
@@ -185,7 +190,7 @@ class Exchange:
         pairs_P = sent.dispatch.pair_index_P
         if reply.partial_RD is not None:
             self._servers.add(reply.server_id)
-            combine(self._y_TD, reply.partial_RD, sent.dispatch.row_R)
+            self._sum.add(reply.partial_RD, sent.dispatch.row_R)
             self._settle(pairs_P)
             return
         assert reply.error is not None, "a reply is a partial sum or an error"
@@ -204,6 +209,8 @@ class Exchange:
 
     def _retry(self, pairs_P: IndexArray) -> None:
         """Send pairs again, to servers this batch has not given up on."""
+        if self._retried_T is None:
+            self._retried_T = np.zeros(len(self._batch.x_TD), dtype=np.int64)
         np.add.at(self._retried_T, pairs_P // self._top_k, 1)
         self._look_again()
         self._send(pairs_P)
@@ -298,7 +305,6 @@ class Exchange:
 
     def _release(self) -> None:
         """Send what may go now: the next wave, refused pairs whose time has come, pairs whose expert came back."""
-        now_s = time.monotonic()
         if self._changed:
             self._changed = False
             self._excluded.clear()
@@ -306,20 +312,22 @@ class Exchange:
             if len(self._absent):
                 pairs_P, self._absent = self._absent, self._absent[:0]
                 self._send(pairs_P)
-        ready = [pairs_P for when_s, pairs_P in self._refused if when_s <= now_s]
-        if ready:
+        if self._refused:
+            now_s = time.monotonic()
+            ready = [pairs_P for when_s, pairs_P in self._refused if when_s <= now_s]
             self._refused = [entry for entry in self._refused if entry[0] > now_s]
-            self._full.clear()
-            self._retry(np.sort(np.concatenate(ready)))
+            if ready:
+                self._full.clear()
+                self._retry(np.sort(np.concatenate(ready)))
         if not self._in_flight and self._wave < self._decision.num_waves - 1:
             self._wave += 1
             self._send(self._wave_pairs(self._wave))
 
-    def _patience_s(self) -> float:
-        """Seconds until there may be something to do without a reply."""
-        now_s = time.monotonic()
-        next_s = min((when_s for when_s, _ in self._refused), default=now_s + 3600.0)
-        return max(0.0, next_s - now_s) if self._in_flight or self._waiting() else 0.0
+    def _patience_s(self) -> float | None:
+        """Seconds until there is something to do without a reply; None: nothing before a reply or a wake-up."""
+        if not self._refused:
+            return None
+        return max(0.0, min(when_s for when_s, _ in self._refused) - time.monotonic())
 
     def _on_change(self) -> None:
         self._changed = True
@@ -354,24 +362,31 @@ class Exchange:
         if len(self._left) == 1:
             self._left[0] -= len(pairs_P)
         else:
-            request_P = np.searchsorted(self._tokens, pairs_P // self._top_k, side="right") - 1
-            self._left -= np.bincount(request_P, minlength=len(self._left))
+            for i, settled in enumerate(np.bincount(self._requests_of(pairs_P)).tolist()):
+                self._left[i] -= settled
         self._answer_finished()
 
     def _answer_finished(self) -> None:
-        for i in np.flatnonzero(self._left == 0).tolist():
-            self._left[i] = -1
-            if not self._batch.requests[i].done:
-                self._batch.requests[i].finish(self._result(i))
+        for i, left in enumerate(self._left):
+            if left == 0:
+                self._left[i] = _NEVER
+                if not self._batch.requests[i].done:
+                    self._batch.requests[i].finish(self._result(i))
+
+    def _requests_of(self, pairs_P: IndexArray) -> IndexArray:
+        """The request each pair belongs to."""
+        request_P: IndexArray = np.searchsorted(self._batch.offsets, pairs_P // self._top_k, side="right") - 1
+        return request_P
 
     def _result(self, i: int) -> Result:
-        request, rows = self._batch.requests[i], slice(self._batch.offsets[i], self._batch.offsets[i + 1])
+        request, (first, end) = self._batch.requests[i], self._batch.offsets[i : i + 2]
+        rows = slice(first, end)
         decision = self._decision
         num_pairs = request.num_tokens * self._top_k
         ledger = RequestLedger(
             pairs=num_pairs,
             computed=num_pairs,
-            retried=int(self._retried_T[rows].sum()),
+            retried=0 if self._retried_T is None else int(self._retried_T[rows].sum()),
             epoch=self._table.epoch,
             batch_tokens=len(self._batch.x_TD),
             num_servers=len(self._servers),
@@ -383,7 +398,7 @@ class Exchange:
             counts = tally(decision, self._routing, rows)
             for name in ("computed", "copied", "waited", "rerouted", "dropped", "dropped_gate_mass"):
                 setattr(ledger, name, getattr(counts, name))
-        y_TD, weight_TK = self._y_TD[rows], self._weight_TK[rows]
+        y_TD, weight_TK = self._sum.rows(first, end), self._weight_TK[rows]
         if self._scale_T is not None:
             scale_T1 = self._scale_T[rows, None]
             y_TD, weight_TK = y_TD * torch.from_numpy(scale_T1), weight_TK * scale_T1
@@ -404,7 +419,6 @@ class Exchange:
 
     def _fail(self, pairs_P: IndexArray, error: ExpertmeshError) -> None:
         """Fail the requests these pairs belong to; the others of the batch go on."""
-        request_P = np.searchsorted(self._tokens, pairs_P // self._top_k, side="right") - 1
-        for i in np.unique(request_P).tolist():
+        for i in np.unique(self._requests_of(pairs_P)).tolist():
             self._left[i] = _NEVER
             self._batch.requests[i].finish(error)

@@ -5,8 +5,7 @@ copy is unloaded only when no batch can reach for it any more.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from router.table import PlacementTable
 
@@ -51,25 +50,23 @@ class PlacementSnapshot:
             self._unreachable = server_ids
             self._refresh()
 
-    @contextmanager
-    def hold(self, epoch: int) -> Iterator[None]:
-        """Mark an epoch as used by a batch."""
+    def hold(self, epoch: int) -> None:
+        """A batch uses this epoch until `release`."""
         self._in_use[epoch] += 1
-        try:
-            yield
-        finally:
-            self._in_use[epoch] -= 1
-            if not self._in_use[epoch]:
-                del self._in_use[epoch]
 
-    @contextmanager
-    def listening(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Call `callback` after every change of `current`, within the context."""
+    def release(self, epoch: int) -> None:
+        """The batch is done."""
+        self._in_use[epoch] -= 1
+        if not self._in_use[epoch]:
+            del self._in_use[epoch]
+
+    def listen(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after every change of `current`, until `forget`."""
         self._listeners.add(callback)
-        try:
-            yield
-        finally:
-            self._listeners.discard(callback)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """End what `listen` began."""
+        self._listeners.discard(callback)
 
     def _refresh(self) -> None:
         lost = self._unreachable & {server.server_id for server in self._table.servers}

@@ -57,16 +57,17 @@ class Inbox:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def next(self, timeout_s: float) -> Reply | None:
-        """The next reply; None after `timeout_s` seconds or `wake`."""
-        if not self._replies and timeout_s > 0:
+    async def next(self, timeout_s: float | None) -> Reply | None:
+        """The next reply; None after `timeout_s` seconds (None: any time) or after `wake`."""
+        if not self._replies and timeout_s != 0:
             loop = asyncio.get_running_loop()
             self._waiter = waiter = loop.create_future()
-            timer = loop.call_later(timeout_s, self.wake)
+            timer = loop.call_later(timeout_s, self.wake) if timeout_s is not None else None
             try:
                 await waiter
             finally:
-                timer.cancel()
+                if timer is not None:
+                    timer.cancel()
                 self._waiter = None
         return self._replies.popleft() if self._replies else None
 
