@@ -140,7 +140,6 @@ class ExpertServer:
         self._busy = _BusyMeter()
         self._launch_cost = _LaunchCost()
         self._draining = False
-        self._pump_scheduled = False
         self._running = False
         self._compute_thread = compute_executor("expertmesh-compute", config.compute_threads)
         self._loop = LoopThread(f"expertmesh-experts-{server_id}")
@@ -287,7 +286,7 @@ class ExpertServer:
                 )
             )
             stream.call_opened()
-            self._schedule_pump()
+            self._pump()
         except Exception as err:
             self._refuse(stream, call_id, err)
 
@@ -306,9 +305,10 @@ class ExpertServer:
         pair_weight_P = read_floats(head.pair_weight, name="pair_weight", count=len(pair_row_P))
         if len(pair_row_P) == 0:
             raise InvalidRequest("pair_row is empty, at least 1 pair is needed")
-        rows, experts = pair_row_P.tolist(), set(pair_expert_P.tolist())
-        if min(rows) < 0 or max(rows) >= head.num_rows:
-            raise InvalidRequest(f"pair_row has {min(rows)}..{max(rows)}, limit is 0..{head.num_rows - 1}")
+        first, last = int(pair_row_P.min()), int(pair_row_P.max())
+        if first < 0 or last >= head.num_rows:
+            raise InvalidRequest(f"pair_row has {first}..{last}, limit is 0..{head.num_rows - 1}")
+        experts = set(pair_expert_P.tolist())
         for expert in experts:
             self._check_key(head.layer, expert)
         return _Work(
@@ -336,15 +336,8 @@ class ExpertServer:
 
     # ------------------------------------------------------------------ launches
 
-    def _schedule_pump(self) -> None:
-        # Not at once: messages that the loop has already received join the same launch.
-        if not self._running and not self._pump_scheduled:
-            self._pump_scheduled = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
     def _pump(self) -> None:
-        """Start the next launch if none is running."""
-        self._pump_scheduled = False
+        """Start the next launch if none is running: at once, since the next message takes another turn to arrive."""
         if self._running:
             return
         now_s = time.monotonic()
@@ -402,7 +395,7 @@ class ExpertServer:
                 stream.open_calls -= 1
                 stream.send(encode(head, tensor_bytes(partial_RD)))
         if self._batcher.queue_tokens:
-            self._schedule_pump()
+            asyncio.get_running_loop().call_soon(self._pump)  # not from within: launches would nest
 
     def _answer_failure(self, call: Call[_Work], error: Exception) -> None:
         stream = call.stream
