@@ -10,7 +10,12 @@ from protos import errors, router_pb2
 from router.config import OverflowConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "k8s" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("**/*.md")),
+    ROOT / "k8s" / "README.md",
+]
 PACKAGES = ("protos", "experts", "router", "cluster")
 
 
