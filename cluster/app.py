@@ -16,6 +16,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from cluster.config import ClusterConfig
 from cluster.expert_replica import ExpertServerReplica
 from cluster.placement import Placement
+from cluster.pulling import direct
 from cluster.router_replica import RouterReplica
 from protos.checkpoint import read_model
 from protos.errors import Unavailable
@@ -143,12 +144,12 @@ def _is_ready(found: dict[str, Any]) -> bool:
 
 async def status(name: str) -> dict[str, Any]:
     """The placement's status of a deployed cluster (see `Placement.status`)."""
-    found: dict[str, Any] = await serve.get_deployment_handle(PLACEMENT, name).status.remote()
+    found: dict[str, Any] = await direct(serve.get_deployment_handle(PLACEMENT, name)).status.remote()
     return found
 
 
 def remove(name: str) -> None:
     """Delete a deployed cluster. Its servers need not wait for others to take over their copies."""
     with contextlib.suppress(Exception):  # a placement that is away cannot be told; deletion works all the same
-        serve.get_deployment_handle(PLACEMENT, name).close.remote().result(timeout_s=3)
+        direct(serve.get_deployment_handle(PLACEMENT, name)).close.remote().result(timeout_s=3)
     serve.delete(name)

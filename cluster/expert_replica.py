@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import ClusterConfig
 from cluster.fleet import Assignment, Key, ServerHello
 from cluster.messages import ServerBeat
-from cluster.pulling import POLL_S, answer, forever, pause
+from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
 from cluster.scaling import BACKLOG, BUDGET, BUSY, NEEDED
 from experts.service import ExpertServer
 from protos import expert_pb2
@@ -44,8 +44,9 @@ class ExpertServerReplica:
     """
 
     def __init__(self, config: ClusterConfig, placement: DeploymentHandle[Any]) -> None:
+        log_to_serve()
         self._config = config
-        self._placement = placement
+        self._placement = direct(placement)
         self._spec = read_model(Path(config.model))
         server_id = serve.get_replica_context().replica_id.unique_id
         self._server = ExpertServer(self._spec, config.experts.settings, server_id=server_id)
@@ -100,7 +101,14 @@ class ExpertServerReplica:
         """Leave without losing a request: copies move first, then routers forget us, then work in flight ends."""
         self._server.drain()
         self._hello = replace(self._hello, draining=True)  # a placement that restarts meanwhile learns it too
-        server_id = self._hello.server_id
+        if not self._released.is_set():  # it is where the whole application goes
+            await self._leave(self._hello.server_id)
+        for task in self._tasks:
+            task.cancel()
+        await self._probe.close()
+        await asyncio.to_thread(self._server.stop, 5.0)
+
+    async def _leave(self, server_id: str) -> None:
         try:
             await answer(self._placement.drain.remote(server_id))
             async with asyncio.timeout(self._config.experts.drain_timeout_s):
@@ -108,10 +116,6 @@ class ExpertServerReplica:
             await answer(self._placement.leave.remote(server_id))
         except Exception as err:
             log.warning("server %s leaves without having been released: %s %s", server_id, type(err).__name__, err)
-        for task in self._tasks:
-            task.cancel()
-        await self._probe.close()
-        await asyncio.to_thread(self._server.stop, 5.0)
 
     # ------------------------------------------------------------------ control tasks, each step repeated for ever
 
@@ -183,7 +187,7 @@ class ExpertServerReplica:
         await self._news.wait()
         self._news.clear()
         async with self._applying:
-            wanted = self._assignment
+            wanted, started_s = self._assignment, time.monotonic()
             if wanted is None:
                 return
             surplus = self._warm - set(wanted.copies)
@@ -191,6 +195,7 @@ class ExpertServerReplica:
             if surplus:
                 await asyncio.to_thread(self._server.unload, sorted(surplus))
             self._applied = wanted.version
+            loaded: frozenset[Key] = frozenset()
             missing = [key for key in wanted.copies if key not in self._warm and key not in self._failed]
             if missing:
                 loaded, failed = await asyncio.to_thread(self._load_slice, missing)
@@ -199,6 +204,11 @@ class ExpertServerReplica:
                 self._news.set()  # look again: there may be more to load, or another assignment
         if surplus or missing:
             self._beat_now.set()
+            took_s = time.monotonic() - started_s
+            log.info(
+                "assignment %d: %d unloaded, %d of %d to load, %d held, %.3f s",
+                wanted.version, len(surplus), len(loaded), len(missing), len(self._warm), took_s,
+            )  # fmt: skip
 
     def _load_slice(self, keys: Sequence[Key]) -> tuple[frozenset[Key], dict[Key, str]]:
         """Load for a while, in order. Returns what is warm now and what failed, with the reason."""

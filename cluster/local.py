@@ -12,6 +12,7 @@ it runs `ray stop --force`.
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_logging
 
 from protos.errors import InvalidRequest, Unavailable
 
@@ -143,6 +145,9 @@ def connect(address: str) -> None:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # ray.init would otherwise invent a token of its own
     logging.getLogger("ray").setLevel(logging.WARNING)
+    # Ray prints what its raylets complain about ("A worker died ...") on our standard output, whatever log_to_driver
+    # says; that stream belongs to the caller, and the status has it as an event.
+    ray_logging.stdout_deduplicator.skip_re = re.compile("")
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():

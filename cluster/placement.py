@@ -22,6 +22,7 @@ from cluster.fleet import Assignment, Fleet, Key, ServerHello
 from cluster.load import LoadWindow
 from cluster.messages import RouterBeat, ServerBeat, ServerReply
 from cluster.planner import Load, Plan, PlannerInput, PlannerServer, Unload, plan
+from cluster.pulling import log_to_serve
 from protos import expert_pb2
 from protos.checkpoint import read_model
 from protos.services import CHANNEL_OPTIONS, status_method
@@ -42,6 +43,7 @@ class Placement:
     """
 
     def __init__(self, config: ClusterConfig) -> None:
+        log_to_serve()
         self._config = config
         self._knobs = knobs = config.placement
         self._spec = spec = read_model(Path(config.model))

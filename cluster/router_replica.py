@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.config import ClusterConfig
 from cluster.messages import RouterBeat
-from cluster.pulling import POLL_S, answer, forever, pause
+from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
 from protos.checkpoint import read_model
 from router.service import RouterServer
 from router.table import PlacementTable, empty_table
@@ -40,8 +40,9 @@ class RouterReplica:
     """
 
     def __init__(self, config: ClusterConfig, placement: DeploymentHandle[Any], experts: DeploymentHandle[Any]) -> None:
+        log_to_serve()
         self._config = config
-        self._placement = placement
+        self._placement = direct(placement)
         self._experts = experts
         self._loop = asyncio.get_running_loop()
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -120,6 +121,7 @@ class RouterReplica:
         if table is not None and table.epoch > self._table.epoch:
             self._table = table
             self._server.update(table)
+            log.info("table %d: %d servers", table.epoch, len(table.servers))
             self._beat_now.set()
 
     async def _report_lost(self) -> None:
