@@ -38,7 +38,7 @@ class Experts:
 
     def compute(self, x_RD: Any, pair_row: Any, pair_expert: Any, pair_weight: Any) -> Any:
         """Partial sums as a numpy array [R, D]."""
-        return partial_sums(torch.from_numpy(x_RD), pair_row, pair_expert, pair_weight, self._copies).numpy()
+        return partial_sums(torch.from_numpy(x_RD), pair_row, pair_expert, pair_weight, self._copies)
 
 
 def start_ray_arms(

@@ -64,7 +64,7 @@ class LocalLayer:
                 x_TD, token_P.astype(np.int32), expert_P, routing.weight_TK[token_P, slot_P], self._copies
             )
         else:
-            y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
+            y_TD = np.zeros(x_TD.shape, dtype=np.float32)
         shared_TD = None if self._shared is None else self._shared(x_TD)
         return finish(y_TD, shared_TD, dtype=x_TD.dtype), routing
 

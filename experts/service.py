@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import grpc.aio
@@ -26,7 +27,7 @@ from experts.config import ExpertServerConfig
 from experts.weights import CopyKey, ExpertCopy, ExpertShard
 from protos import expert_pb2
 from protos.checkpoint import Checkpoint
-from protos.codec import TORCH_DTYPES, WIRE_DTYPES, decode, encode, read_floats, read_ints, read_tensor, tensor_bytes
+from protos.codec import TORCH_DTYPES, WIRE_DTYPES, decode, encode, matrix_bytes, read_floats, read_ints, read_tensor
 from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest, to_proto
 from protos.loops import LoopThread, compute_executor, limit_torch_threads
 from protos.model import ModelSpec
@@ -357,7 +358,7 @@ class ExpertServer:
             future = asyncio.get_running_loop().run_in_executor(self._compute_thread, _guarded, _launch, batch)
             future.add_done_callback(lambda done: self._launched(batch, now_s, done.result()))
 
-    def _launched(self, batch: list[Call[_Work]], start_s: float, result: "list[Tensor] | Exception") -> None:
+    def _launched(self, batch: list[Call[_Work]], start_s: float, result: "list[Float32Array] | Exception") -> None:
         """A launch computed: pace it if the server emulates a slower device, then answer."""
         now_s = time.monotonic()
         tokens = sum(call.num_tokens for call in batch)
@@ -370,7 +371,7 @@ class ExpertServer:
         else:
             self._answer(batch, start_s, result)
 
-    def _answer(self, batch: list[Call[_Work]], start_s: float, result: "list[Tensor] | Exception") -> None:
+    def _answer(self, batch: list[Call[_Work]], start_s: float, result: "list[Float32Array] | Exception") -> None:
         now_s = time.monotonic()
         self._busy.end(now_s)
         self._batcher.finish(batch, took_s=now_s - start_s)
@@ -381,9 +382,10 @@ class ExpertServer:
         else:
             rows = sum(call.num_rows for call in batch)
             for call, partial_RD in zip(batch, result, strict=True):
+                dtype = call.work.partial_dtype
                 head = expert_pb2.ComputeResponse(
                     call_id=call.call_id,
-                    dtype=WIRE_DTYPES[partial_RD.dtype],
+                    dtype=WIRE_DTYPES[dtype],
                     queue_s=start_s - call.arrived_s,
                     compute_s=now_s - start_s,
                     launch_rows=rows,
@@ -393,7 +395,7 @@ class ExpertServer:
                 stream = call.stream
                 assert isinstance(stream, _Stream)
                 stream.open_calls -= 1
-                stream.send(encode(head, tensor_bytes(partial_RD)))
+                stream.send(encode(head, matrix_bytes(partial_RD, dtype)))
         if self._batcher.queue_tokens:
             asyncio.get_running_loop().call_soon(self._pump)  # not from within: launches would nest
 
@@ -404,13 +406,12 @@ class ExpertServer:
         self._refuse(stream, call.call_id, error)
 
 
-def _launch(batch: list[Call[_Work]]) -> list[Tensor]:
+def _launch(batch: list[Call[_Work]]) -> list[Float32Array]:
     """Merge the calls of one layer, compute, and split the partial sums again."""
-    if len(batch) == 1:
-        work = batch[0].work
-        partial_RD = partial_sums(work.x_RD, work.pair_row_P, work.pair_expert_P, work.pair_weight_P, work.copies)
-        return [partial_RD.to(work.partial_dtype)]
     works = [call.work for call in batch]
+    if len(works) == 1:
+        work = works[0]
+        return [partial_sums(work.x_RD, work.pair_row_P, work.pair_expert_P, work.pair_weight_P, work.copies)]
     offsets = np.cumsum([0, *(call.num_rows for call in batch)]).astype(np.int32)
     copies: dict[int, ExpertCopy] = {}
     for work in works:
@@ -422,12 +423,12 @@ def _launch(batch: list[Call[_Work]]) -> list[Tensor]:
         np.concatenate([work.pair_weight_P for work in works]),
         copies,
     )
-    return [partial_RD[offsets[i] : offsets[i + 1]].to(work.partial_dtype) for i, work in enumerate(works)]
+    return [partial_RD[start:end] for start, end in pairwise(offsets.tolist())]
 
 
 def _guarded(
-    launch: "Callable[[list[Call[_Work]]], list[Tensor]]", batch: list[Call[_Work]]
-) -> "list[Tensor] | Exception":
+    launch: "Callable[[list[Call[_Work]]], list[Float32Array]]", batch: list[Call[_Work]]
+) -> "list[Float32Array] | Exception":
     try:
         return launch(batch)
     except Exception as err:

@@ -11,13 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+FloatArray = npt.NDArray[np.float32]
+FEW_ROWS = 64  # scattered rows from which torch's one pass beats numpy's gather, add and scatter
 
-def combine(y_TD: Tensor, partial_RD: Tensor, row_R: npt.NDArray[np.int32]) -> None:
+
+def combine(y_TD: FloatArray, partial_RD: FloatArray, row_R: npt.NDArray[np.int32]) -> None:
     """Add one server's partial sums to the routed output, in place.
 
     Args:
-        y_TD: fp32 sum so far.
-        partial_RD: one row per entry of row_R, any float dtype.
+        y_TD: sum so far.
+        partial_RD: one row per entry of row_R.
         row_R: rows of y_TD, ascending, each at most once.
     """
     num_rows = len(row_R)
@@ -25,9 +28,14 @@ def combine(y_TD: Tensor, partial_RD: Tensor, row_R: npt.NDArray[np.int32]) -> N
         return
     first = int(row_R[0])
     if int(row_R[-1]) - first + 1 == num_rows:  # ascending and unique: one block of rows, most often all of them
-        y_TD[first : first + num_rows].add_(partial_RD)
-        return
-    y_TD.index_add_(0, torch.from_numpy(row_R.astype(np.int64)), partial_RD.float())
+        y_TD[first : first + num_rows] += partial_RD
+    elif num_rows < FEW_ROWS:
+        y_TD[row_R] += partial_RD
+    else:
+        index_R = torch.from_numpy(row_R.astype(np.int64))
+        torch.from_numpy(y_TD).index_add_(
+            0, index_R, torch.frombuffer(partial_RD, dtype=torch.float32).view(partial_RD.shape)
+        )
 
 
 class RoutedSum:
@@ -39,36 +47,41 @@ class RoutedSum:
 
     def __init__(self, num_tokens: int, dim: int) -> None:
         self._shape = (num_tokens, dim)
-        self._y_TD: Tensor | None = None
+        self._y_TD: FloatArray | None = None
         self._owned = False
 
-    def add(self, partial_RD: Tensor, row_R: npt.NDArray[np.int32]) -> None:
+    def add(self, partial_RD: FloatArray, row_R: npt.NDArray[np.int32]) -> None:
         """Add a partial; see `combine`."""
-        if self._y_TD is None and len(row_R) == self._shape[0] and partial_RD.dtype is torch.float32:
+        whole = len(row_R) == self._shape[0]
+        if self._y_TD is None and whole:
             self._y_TD = partial_RD
-        elif self._y_TD is not None and not self._owned and len(row_R) == self._shape[0]:
+        elif self._y_TD is not None and whole and not self._owned:
             self._y_TD, self._owned = self._y_TD + partial_RD, True
         else:
             if self._y_TD is None:
-                self._y_TD = torch.zeros(self._shape, dtype=torch.float32)
+                self._y_TD = np.zeros(self._shape, dtype=np.float32)
             elif not self._owned:
-                self._y_TD = self._y_TD.clone()
+                self._y_TD = self._y_TD.copy()
             self._owned = True
             combine(self._y_TD, partial_RD, row_R)
 
-    def rows(self, first: int, end: int) -> Tensor:
-        """Rows first..end-1 of the sum so far, fp32. Read-only."""
+    def rows(self, first: int, end: int) -> FloatArray:
+        """Rows first..end-1 of the sum so far. Read-only."""
         if self._y_TD is None:
-            return torch.zeros(end - first, self._shape[1])
-        return self._y_TD if end - first == self._shape[0] else self._y_TD[first:end]
+            return np.zeros((end - first, self._shape[1]), dtype=np.float32)
+        return self._y_TD[first:end]
 
 
-def finish(y_TD: Tensor, shared_TD: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+def finish(y_TD: FloatArray, shared_TD: Tensor | None, *, dtype: torch.dtype) -> Tensor:
     """The block's output: routed sum plus shared expert, added in fp32, rounded once to the request's dtype.
 
     Args:
-        y_TD: fp32 sum of all partials.
+        y_TD: sum of all partials.
         shared_TD: output of the shared expert, None where the model has none.
         dtype: of the hidden states the request sent.
     """
-    return (y_TD if shared_TD is None else y_TD + shared_TD).to(dtype)
+    if shared_TD is not None:
+        y_TD = y_TD + shared_TD.float().numpy()
+    # torch has no read-only tensors: a sum that is still in its message's memory is copied.
+    output_TD = torch.from_numpy(y_TD if y_TD.flags.writeable else y_TD.copy())
+    return output_TD if dtype is torch.float32 else output_TD.to(dtype)

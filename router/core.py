@@ -248,7 +248,8 @@ class Router:
         if not 1 <= x_TD.shape[0] <= limit:
             raise InvalidRequest(f"num_tokens is {x_TD.shape[0]}, limit is 1..max_request_tokens ({limit})")
         # One sum finds any NaN or inf; only if it is not finite (which large finite values may cause too) look closer.
-        if not math.isfinite(x_TD.sum()) and not torch.isfinite(x_TD).all():
+        total = np.add.reduce(x_TD.numpy(), axis=None) if x_TD.dtype is torch.float32 else x_TD.sum()
+        if not math.isfinite(total) and not torch.isfinite(x_TD).all():
             row = int((~torch.isfinite(x_TD).all(dim=1)).nonzero()[0])
             raise InvalidRequest(f"x has a NaN or inf in row {row} (of 0..{x_TD.shape[0] - 1})")
 

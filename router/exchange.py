@@ -10,6 +10,7 @@ A pair's flat index is t * K + k.
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from protos import expert_pb2
-from protos.codec import WIRE_DTYPES, RowBytes
+from protos.codec import WIRE_DTYPES, words_of
 from protos.errors import ExpertmeshError, NoCopy, Overloaded
 from router.capacity import CapacityDecision, PairState, overflow_refused, tally
 from router.combine import RoutedSum, finish
@@ -68,7 +69,7 @@ class Exchange:
         self._decision = decision
         self._top_k = routing.expert_TK.shape[1]
         self._sum = RoutedSum(*batch.x_TD.shape)
-        self._rows = RowBytes(batch.x_TD)
+        self._words_TD: Any = words_of(batch.x_TD)
         self._shared_TD: Tensor | None = None
         self._inbox = Inbox()
         self._in_flight: dict[int, _Sent] = {}  # by id(sent)
@@ -166,9 +167,10 @@ class Exchange:
             pair_expert=block.pair_expert_P.tobytes(),
             pair_weight=block.pair_weight_P.tobytes(),
         )
+        words_RD = self._words_TD if len(block.row_R) == len(x_TD) else self._words_TD[block.row_R]
         sent = _Sent(dispatch=block, link=link, call_id=0)
         self._in_flight[id(sent)] = sent
-        sent.call_id = link.send(head, self._rows.bytes_of(block.row_R), dim=x_TD.shape[1], inbox=self._inbox, tag=sent)
+        sent.call_id = link.send(head, memoryview(words_RD).cast("B"), dim=x_TD.shape[1], inbox=self._inbox, tag=sent)
 
     async def _compute_shared(self) -> None:
         """The shared expert, while the routed rows are away; then every request waits for its pairs only."""
@@ -401,7 +403,7 @@ class Exchange:
         y_TD, weight_TK = self._sum.rows(first, end), self._weight_TK[rows]
         if self._scale_T is not None:
             scale_T1 = self._scale_T[rows, None]
-            y_TD, weight_TK = y_TD * torch.from_numpy(scale_T1), weight_TK * scale_T1
+            y_TD, weight_TK = y_TD * scale_T1, weight_TK * scale_T1
         shared_TD = None if self._shared_TD is None else self._shared_TD[rows]
         return Result(
             y_TD=finish(y_TD, shared_TD, dtype=request.x_TD.dtype),

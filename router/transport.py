@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import grpc.aio
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from protos import expert_pb2
-from protos.codec import decode, encode, read_tensor
+from protos.codec import decode, encode, read_matrix
 from protos.errors import ExpertmeshError, InternalError, ServerLost, from_proto
 from protos.services import CHANNEL_OPTIONS, compute_stream, status_method
 from router.table import ServerAddress
@@ -37,7 +39,7 @@ class Reply:
 
     tag: object
     server_id: str
-    partial_RD: Tensor | None = None
+    partial_RD: npt.NDArray[np.float32] | None = None
     error: ExpertmeshError | None = None
 
 
@@ -217,7 +219,7 @@ class ServerLink:
             reply.error = from_proto(head.error)
         else:
             try:
-                reply.partial_RD = read_tensor(payload, head.dtype, call.shape, name="partial")
+                reply.partial_RD = read_matrix(payload, head.dtype, call.shape, name="partial")
             except ExpertmeshError as err:
                 reply.error = InternalError(f"server {self.server.server_id} answered nonsense: {err.message}")
         call.inbox.put(reply)

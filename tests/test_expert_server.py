@@ -348,13 +348,12 @@ def test_grouped_compute_equals_one_pair_at_a_time(spec: ModelSpec, dtype: torch
     pair_row_P = np.sort(rng.integers(0, 40, 100)).astype(np.int32)
     pair_expert_P = rng.integers(0, spec.num_experts, 100).astype(np.int32)
     pair_weight_P = rng.random(100, dtype=np.float32)
-    grouped = partial_sums(x_RD, pair_row_P, pair_expert_P, pair_weight_P, copies)
+    grouped = torch.from_numpy(partial_sums(x_RD, pair_row_P, pair_expert_P, pair_weight_P, copies))
     single = torch.zeros(40, spec.dim)
     for row, expert, weight in zip(pair_row_P, pair_expert_P, pair_weight_P, strict=True):
         one = np.zeros(1, dtype=np.int32)
-        single[row] += partial_sums(
-            x_RD[row : row + 1], one, one + expert, np.array([weight], dtype=np.float32), copies
-        )[0]
+        y_1D = partial_sums(x_RD[row : row + 1], one, one + expert, np.array([weight], dtype=np.float32), copies)
+        single[row] += torch.from_numpy(y_1D[0])
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(grouped, single, rtol=tolerance, atol=tolerance)
 
