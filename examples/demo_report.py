@@ -1,6 +1,8 @@
 """What the demo model says of itself: `report.json`, its model card and the held-out excerpts with their sources."""
 
+import json
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -117,8 +119,15 @@ def write_texts(folder: Path, corpora: list[Corpus]) -> None:
     (folder / "README.md").write_text(TEXTS_README.format(table=table(TEXTS_HEAD, rows)), encoding="utf-8")
 
 
-def write_model_card(folder: Path, report: Report) -> None:
-    """Writes README.md beside the model, all numbers taken from the report."""
+def write_report(folder: Path, report: Report) -> None:
+    """Writes report.json, and README.md with the same numbers."""
+    text = json.dumps(report, indent=1)
+    one_line_lists = re.sub(r"\[[^\[\]]*\]", lambda match: " ".join(match.group().split()), text)
+    (folder / "report.json").write_text(one_line_lists + "\n")
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+
+
+def model_card(report: Report) -> str:
     model, training, domains, skew = (report[key] for key in ("model", "training", "domains", "skew"))
     data_rows = [
         [name, d["what"], d["source"], d["licence"], f"{d['train_bytes']:,}", f"{d['held_out_bytes']:,}"]
@@ -141,26 +150,23 @@ def write_model_card(folder: Path, report: Report) -> None:
     overlap_rows = [[pair, *(f"{value:.2f}" for value in row)] for pair, row in skew["load_overlap"].items()]
     gains = [d["unigram_nats_per_token"] - d["nats_per_token"] for d in domains.values()]
     peaks = [value for row in skew["hottest_over_mean"].values() for value in row]
-    (folder / "README.md").write_text(
-        MODEL_CARD.format(
-            **model,
-            **training,
-            megabytes=model["float32_bytes"] / 1e6,
-            million_parameters=model["parameters"] / 1e6,
-            million_tokens=training["tokens"] / 1e6,
-            minutes=training["wall_s"] / 60,
-            num_domains=len(domains),
-            min_gain=min(gains),
-            max_gain=max(gains),
-            min_peak=min(peaks),
-            max_peak=max(peaks),
-            hot=HOT_EXPERTS,
-            data=table(["domain", "text", "source", "licence", "train bytes", "held-out bytes"], data_rows),
-            loss=table(["domain", "nats/token", "unigram", "lower by", "own unigram", "bits/byte"], loss_rows),
-            skew=table(["domain", *layers], skew_rows),
-            overlap=table(["domains", *layers], overlap_rows),
-        ),
-        encoding="utf-8",
+    return MODEL_CARD.format(
+        **model,
+        **training,
+        megabytes=model["float32_bytes"] / 1e6,
+        million_parameters=model["parameters"] / 1e6,
+        million_tokens=training["tokens"] / 1e6,
+        minutes=training["wall_s"] / 60,
+        num_domains=len(domains),
+        min_gain=min(gains),
+        max_gain=max(gains),
+        min_peak=min(peaks),
+        max_peak=max(peaks),
+        hot=HOT_EXPERTS,
+        data=table(["domain", "text", "source", "licence", "train bytes", "held-out bytes"], data_rows),
+        loss=table(["domain", "nats/token", "unigram", "lower by", "own unigram", "bits/byte"], loss_rows),
+        skew=table(["domain", *layers], skew_rows),
+        overlap=table(["domains", *layers], overlap_rows),
     )
 
 
@@ -185,13 +191,7 @@ unchanged (`german.txt` is the text of the HTML pages' paragraphs).
 
 {table}
 
-- PSF-2.0: Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved.
-  <https://docs.python.org/3.11/license.html>
-- MPL-2.0: Copyright (c) LibreOffice contributors and/or their affiliates. This text is subject to the terms of the
-  Mozilla Public License, v. 2.0, <https://mozilla.org/MPL/2.0/>; its source is the Debian source package `libreoffice`.
-- Public domain: the Jargon File, version 4.4.7, 29 Dec 2003, edited by Eric S. Raymond.
-- Unicode-DFS-2016: Copyright (c) 1991-2022 Unicode, Inc. All rights reserved. Distributed under the Terms of Use in
-  <https://www.unicode.org/copyright.html>. The file is a part of the original data file, otherwise unmodified.
+[LICENSES.md](LICENSES.md) has the licences and notices.
 """
 
 MODEL_CARD = """\
@@ -203,7 +203,7 @@ send real text to experts as unequally as large models do; it is far too small t
 - **Size**: {million_parameters:.1f} M parameters, {megabytes:.1f} MB in float32; `{class}`, {layers} MoE layers of
   {experts} experts, top-{top_k}, own byte-level BPE of {vocabulary} tokens.
 - **Data**: {num_domains} domains under free licences, {million_tokens:.1f} M tokens seen in {steps} steps and
-  {minutes:.0f} minutes of {device} time.
+  {minutes:.0f} minutes ({device}).
 - **Loss**: {min_gain:.1f} to {max_gain:.1f} nats per token below a unigram model, on held-out text of every domain.
 - **Routing skew**: the hottest expert of a layer gets {min_peak:.1f} to {max_peak:.1f} times the mean load, depending
   on domain and layer, and which experts are hot depends on the domain.
@@ -215,7 +215,7 @@ All numbers come from `report.json`, which the training script writes; `tests/te
 {data}
 
 Held-out text is split off by document, and no paragraph (for tables: line) of at least 60 characters occurs on both
-sides.
+sides; a line within a paragraph may.
 The weights are released under the licence of this repository; the excerpts in `examples/texts` keep the licences above.
 
 ## Loss on held-out text

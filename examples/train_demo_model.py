@@ -7,7 +7,6 @@ Needs apt-get (Debian) to fetch the texts, no root and no GPU.
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from demo_corpus import Corpus, load_corpora
 from demo_measure import WINDOW_TOKENS
-from demo_report import Dataset, make_report, write_model_card, write_texts
+from demo_report import Dataset, make_report, write_report, write_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -70,17 +69,16 @@ def main() -> None:
 
     def save(steps: int, wall_s: float) -> None:
         training = {"seed": args.seed, "steps": steps, "wall_s": round(wall_s), "device": device}
-        write_checkpoint(args.out, args.texts, model, tokenizer, datasets, training)
+        write_checkpoint(args.out, args.texts or args.out.parent / "texts", model, tokenizer, datasets, training)
 
     steps, wall_s = train(model, datasets, Budget(minutes=args.minutes, steps=args.steps), args.seed, save)
     save(steps, wall_s)
 
 
 def parse_args() -> argparse.Namespace:
-    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--texts", type=Path, default=here / "texts", help="folder of the held-out excerpts")
+    parser.add_argument("--texts", type=Path, help="folder of the held-out excerpts (default: texts, beside --out)")
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache/expertmesh-demo", help="downloaded packages"
     )
@@ -240,8 +238,7 @@ def write_checkpoint(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     report = make_report(model, tokenizer, datasets, training)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_model_card(out, report)
+    write_report(out, report)
     write_texts(texts, [data.corpus for data in datasets])
     model.train()
 

@@ -70,7 +70,7 @@ def test_loss_on_the_excerpt_is_what_the_report_says(domain: str, measured: dict
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_loss_is_well_below_that_of_a_unigram_model(domain: str, measured: dict[str, tuple[float, Tensor]]) -> None:
-    assert measured[domain][0] < REPORT["domains"][domain]["excerpt"]["unigram_nats_per_token"] - 1.0
+    assert measured[domain][0] < REPORT["domains"][domain]["excerpt"]["unigram_nats_per_token"] - 1.5
 
 
 def test_every_expert_is_used(measured: dict[str, tuple[float, Tensor]]) -> None:
