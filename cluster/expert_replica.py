@@ -19,8 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ClusterConfig
-from cluster.fleet import Assignment, Key, ServerHello
-from cluster.messages import ServerBeat
+from cluster.messages import Assignment, Key, ServerBeat, ServerHello
 from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
 from cluster.scaling import BACKLOG, BUDGET, BUSY, NEEDED
 from experts.service import ExpertServer

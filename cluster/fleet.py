@@ -16,31 +16,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from cluster.messages import Assignment, Key, ServerHello
 from router.table import CopyShare, PlacementTable, ServerAddress, empty_table
-
-Key = tuple[str, int]  # (layer, expert)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerHello:
-    """What an expert server says about itself when it registers."""
-
-    server_id: str  # unique per process
-    address: str  # gRPC host:port
-    node: str
-    pid: int
-    max_copies: int  # what fits into its byte budget
-    speed: float = 1.0  # relative to its peers
-    draining: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """What a server is to hold, most urgent first; `released`: no router can still use it, it may stop."""
-
-    version: int
-    copies: tuple[Key, ...]
-    released: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

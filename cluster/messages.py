@@ -3,7 +3,29 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.fleet import Key
+Key = tuple[str, int]  # (layer, expert)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerHello:
+    """What an expert server says about itself when it registers."""
+
+    server_id: str  # unique per process
+    address: str  # gRPC host:port
+    node: str
+    pid: int
+    max_copies: int  # what fits into its byte budget
+    speed: float = 1.0  # relative to its peers
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a server is to hold, most urgent first; `released`: no router can still use it, it may stop."""
+
+    version: int
+    copies: tuple[Key, ...]
+    released: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ import grpc.aio
 import ray
 
 from cluster.config import ClusterConfig
-from cluster.fleet import Assignment, Fleet, Key, ServerHello
+from cluster.fleet import Fleet
 from cluster.load import LoadWindow
-from cluster.messages import RouterBeat, ServerBeat, ServerReply
+from cluster.messages import Assignment, Key, RouterBeat, ServerBeat, ServerHello, ServerReply
 from cluster.planner import Load, Plan, PlannerInput, PlannerServer, Unload, plan
 from cluster.pulling import log_to_serve
 from protos import expert_pb2

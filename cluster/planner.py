@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cluster.messages import Key
 from router.table import CopyShare
 
-Key = tuple[str, int]  # (layer, expert)
 _MIN_SHARE = 0.02  # of one copy, so that it stays warm and its speed known
 _HOT_MARGIN = 1.15  # copies are added from this much above hot_factor: noise around it adds none
 _SHARE_TOLERANCE = 0.1  # keep shares whose largest server load is at most this much above the best
@@ -178,8 +178,6 @@ class _Draft:
         self.newcomer_S = self.free_S == [server.max_copies for server in active]
         self.total_S = (self.load_LS / self.mean_L[:, None]).sum(axis=0)  # in units of a mean expert
 
-    # The five rules.
-
     def place_missing(self) -> None:
         """Rule 1. Without room, surplus copies of other experts give way."""
         want = min(self.inputs.min_copies, self.num_servers)
@@ -273,8 +271,6 @@ class _Draft:
             missing=tuple(self.missing),
             wanted_copies=self.wanted,
         )
-
-    # Their parts.
 
     def _key(self, row: int, expert: int) -> Key:
         return self.inputs.layers[row], expert

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.fleet import Assignment, Fleet, Key, ServerHello
+from cluster.fleet import Fleet
+from cluster.messages import Assignment, Key, ServerHello
 from router.table import CopyShare, PlacementTable, empty_table
 
 NUM_EXPERTS = 3

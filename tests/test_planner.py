@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.planner import Key, Load, Plan, PlannerInput, PlannerServer, Reshare, Unload, balancedness, plan
+from cluster.messages import Key
+from cluster.planner import Load, Plan, PlannerInput, PlannerServer, Reshare, Unload, balancedness, plan
 from router.table import CopyShare
 
 Copies = Mapping[Key, tuple[CopyShare, ...]]
