@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_logging
+from ray._private import ray_constants, ray_logging
 
 from protos.errors import InvalidRequest, Unavailable
 
@@ -96,9 +96,10 @@ def start_ray(*, num_cpus: int, num_gpus: int = 0, nodes: NodeScaling | None = N
         Unavailable: Ray did not start; the message has its last lines.
     """
     temp_dir = Path(tempfile.mkdtemp(prefix="expertmesh-", dir="/tmp"))  # short: Unix sockets live below it
-    host, port = ray.util.get_node_ip_address(), _free_port()  # type: ignore[no-untyped-call]
+    host, port = "127.0.0.1", _free_port()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"),
+        f"--node-ip-address={host}",
         *(f"--temp-dir={temp_dir}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"),
         *("--include-dashboard=false", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
         *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={_free_port()}"),
@@ -152,6 +153,8 @@ def connect(address: str) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise InvalidRequest(f"address is {address!r}, expected host:port or auto")
+        if host.startswith("127."):
+            ray_constants.ENABLE_RAY_CLUSTER = False  # or Ray would look for it on another interface of this machine
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as err:  # ray.init would retry for minutes
@@ -167,6 +170,8 @@ def _environment(inherited: Mapping[str, str], *, autoscaling: bool) -> dict[str
     environment |= {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # All nodes on the loopback interface, those of the fake provider too: nothing listens to the network.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_preload_python_modules": _PRELOAD,
         # Workers import our packages from where this process has them, installed or not.
         "PYTHONPATH": os.pathsep.join(
@@ -174,6 +179,8 @@ def _environment(inherited: Mapping[str, str], *, autoscaling: bool) -> dict[str
         ),
         # Every process would otherwise start a thread pool as wide as the machine.
         "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1"),
+        # Ray's default of 15 lets a node that starts, or anything else on the machine, starve the servers.
+        "RAY_worker_niceness": "0",
     }
     if autoscaling:
         environment |= {
