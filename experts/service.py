@@ -8,11 +8,9 @@ calls it from any thread.
 import asyncio
 import logging
 import os
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -24,6 +22,8 @@ from torch import Tensor
 from experts.batching import Batcher, Call
 from experts.compute import Float32Array, Int32Array, choose_compute_dtype, partial_sums
 from experts.config import ExpertServerConfig
+from experts.meters import BusyMeter, LaunchCost, Pacer
+from experts.stream import ComputeStream
 from experts.weights import CopyKey, ExpertCopy, ExpertShard
 from protos import expert_pb2
 from protos.checkpoint import Checkpoint
@@ -34,9 +34,6 @@ from protos.model import ModelSpec
 from protos.services import EXPERT_SERVICE, expert_handlers, start_server
 
 log = logging.getLogger("expertmesh.experts")
-
-PULSE_S = 0.2  # a stream with work in the queue hears from us at least this often
-BUSY_WINDOW_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,49 +66,6 @@ class _Work:
     partial_dtype: torch.dtype
 
 
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """The sending side of one router's Compute stream."""
-
-    context: grpc.aio.ServicerContext
-    out: deque[bytes] = field(default_factory=deque)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    open_calls: int = 0
-    sent: int = 0  # messages so far
-    pulsing: bool = False
-
-    def send(self, message: bytes) -> None:
-        self.sent += 1
-        self.out.append(message)
-        self.wake.set()
-
-    async def write(self) -> None:
-        while True:
-            await self.wake.wait()
-            self.wake.clear()
-            while self.out:
-                await self.context.write(self.out.popleft())
-
-    def call_opened(self) -> None:
-        """From now until no call is open, send a pulse whenever PULSE_S went by without any message."""
-        self.open_calls += 1
-        if not self.pulsing:
-            self.pulsing = True
-            asyncio.get_running_loop().call_later(PULSE_S, self._pulse, self.sent)
-
-    def _pulse(self, sent_before: int) -> None:
-        if self.open_calls <= 0:
-            self.pulsing = False
-            return
-        if self.sent == sent_before:
-            self.send(_PULSE)
-        asyncio.get_running_loop().call_later(PULSE_S, self._pulse, self.sent)
-
-
-# A response without a call: tells the router that a server with a long queue is alive.
-_PULSE = expert_pb2.ComputeResponse().SerializeToString()
-
-
 class ExpertServer:
     """Serves copies of experts of one model.
 
@@ -137,9 +91,9 @@ class ExpertServer:
         )
         self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes)
         self._batcher: Batcher[_Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
-        self._pacer = _Pacer(config.emulated_tokens_per_s)
-        self._busy = _BusyMeter()
-        self._launch_cost = _LaunchCost()
+        self._pacer = Pacer(config.emulated_tokens_per_s)
+        self._busy = BusyMeter()
+        self._launch_cost = LaunchCost()
         self._draining = False
         self._running = False
         self._compute_thread = compute_executor("expertmesh-compute", config.compute_threads)
@@ -227,7 +181,7 @@ class ExpertServer:
             await self._server.stop(0.05)
 
     async def _compute(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        stream = _Stream(context)
+        stream = ComputeStream(context)
         writer = asyncio.create_task(stream.write())
         try:
             while (buffer := await context.read()) is not grpc.aio.EOF:
@@ -262,7 +216,7 @@ class ExpertServer:
 
     # ------------------------------------------------------------------ requests
 
-    def _receive(self, buffer: bytes, stream: _Stream) -> None:
+    def _receive(self, buffer: bytes, stream: ComputeStream) -> None:
         """Queue one message, or answer it with its error."""
         call_id = 0
         try:
@@ -327,7 +281,7 @@ class ExpertServer:
         if not 0 <= expert < self.spec.num_experts:
             raise InvalidRequest(f"expert {expert} of layer {layer} is outside 0..{self.spec.num_experts - 1}")
 
-    def _refuse(self, stream: _Stream, call_id: int, error: Exception) -> None:
+    def _refuse(self, stream: ComputeStream, call_id: int, error: Exception) -> None:
         if not isinstance(error, ExpertmeshError):
             log.error("call %d failed", call_id, exc_info=error)
         response = expert_pb2.ComputeResponse(
@@ -393,7 +347,7 @@ class ExpertServer:
                     emulated=self.config.emulated_tokens_per_s is not None,
                 )
                 stream = call.stream
-                assert isinstance(stream, _Stream)
+                assert isinstance(stream, ComputeStream)
                 stream.open_calls -= 1
                 stream.send(encode(head, matrix_bytes(partial_RD, dtype)))
         if self._batcher.queue_tokens:
@@ -401,7 +355,7 @@ class ExpertServer:
 
     def _answer_failure(self, call: Call[_Work], error: Exception) -> None:
         stream = call.stream
-        assert isinstance(stream, _Stream)
+        assert isinstance(stream, ComputeStream)
         stream.open_calls -= 1
         self._refuse(stream, call.call_id, error)
 
@@ -433,66 +387,6 @@ def _guarded(
         return launch(batch)
     except Exception as err:
         return err
-
-
-class _Pacer:
-    """Emulation of a slower device: a launch of n routed pairs lasts at least n / rate seconds."""
-
-    def __init__(self, tokens_per_s: float | None) -> None:
-        self._tokens_per_s = tokens_per_s
-        self._free_s = 0.0
-
-    def done_s(self, start_s: float, now_s: float, tokens: int) -> float:
-        """When a launch that started at start_s and computed until now_s may be answered."""
-        if self._tokens_per_s is None:
-            return now_s
-        # Timers fire late by up to a millisecond: carrying the schedule over keeps the rate exact under load.
-        begin_s = self._free_s if start_s - self._free_s < 0.01 else start_s
-        self._free_s = max(now_s, begin_s + tokens / self._tokens_per_s)
-        return self._free_s
-
-
-class _LaunchCost:
-    """Expected launch time by size, learnt from the launches so far (unknown sizes count as long)."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-
-    def expected_s(self, tokens: int) -> float:
-        return self._seconds.get(tokens.bit_length(), float("inf"))
-
-    def learn(self, tokens: int, took_s: float) -> None:
-        bucket = tokens.bit_length()
-        old = self._seconds.get(bucket, took_s)
-        self._seconds[bucket] = old + (took_s - old) * 0.1
-
-
-class _BusyMeter:
-    """Share of the last BUSY_WINDOW_S seconds spent in launches, the running one included."""
-
-    def __init__(self) -> None:
-        self._spans: deque[tuple[float, float]] = deque()
-        self._began_s: float | None = None
-        self._lock = threading.Lock()
-
-    def begin(self, now_s: float) -> None:
-        self._began_s = now_s
-
-    def end(self, now_s: float) -> None:
-        assert self._began_s is not None, "end follows begin"
-        with self._lock:
-            self._spans.append((self._began_s, now_s))
-            self._began_s = None
-            while self._spans[0][1] < now_s - BUSY_WINDOW_S:
-                self._spans.popleft()
-
-    def share(self, now_s: float) -> float:
-        begin_s = now_s - BUSY_WINDOW_S
-        with self._lock:
-            busy_s = sum(max(0.0, end - max(start, begin_s)) for start, end in self._spans)
-            if self._began_s is not None:
-                busy_s += now_s - max(self._began_s, begin_s)
-        return min(1.0, busy_s / BUSY_WINDOW_S)
 
 
 def _best_device() -> str:

@@ -34,9 +34,9 @@ class LoopThread:
         """Run a coroutine on the loop and wait for its result, from another thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
-    def post(self, callback: Any, *args: Any) -> None:
-        """Run a plain callback on the loop soon, from any thread."""
-        self._loop.call_soon_threadsafe(callback, *args)
+    def submit(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the loop soon, from any thread, without waiting for it."""
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
         """Cancel what still runs, end the loop and join the thread. Idempotent."""

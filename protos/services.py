@@ -7,7 +7,7 @@ serialisers. Every server also offers grpc.health.v1 and reflection.
 
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import grpc
 import grpc.aio
@@ -29,6 +29,7 @@ CHANNEL_OPTIONS: Final = (
 )
 
 Handler = Callable[..., Awaitable[Any]]
+HealthServicer: TypeAlias = health.aio.HealthServicer
 
 
 def expert_handlers(*, compute: Handler, status: Handler) -> grpc.GenericRpcHandler:
@@ -100,7 +101,7 @@ def describe_method(channel: grpc.aio.Channel) -> Callable[..., Awaitable[router
 
 async def start_server(
     service: str, handlers: grpc.GenericRpcHandler, *, host: str, port: int
-) -> tuple[grpc.aio.Server, str, health.aio.HealthServicer]:
+) -> tuple[grpc.aio.Server, str, HealthServicer]:
     """Start a gRPC server with health and reflection; returns it, its "host:port" and the health servicer.
 
     Args:
@@ -113,7 +114,7 @@ async def start_server(
     """
     server = grpc.aio.server(options=(*CHANNEL_OPTIONS, ("grpc.so_reuseport", 1 if port else 0)))
     server.add_generic_rpc_handlers((handlers,))
-    checks = health.aio.HealthServicer()
+    checks = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     address = f"[{host}]" if ":" in host else host
@@ -124,9 +125,15 @@ async def start_server(
     if bound == 0:
         raise InvalidRequest(f"port {port} on {host} cannot be bound: it is in use or not permitted")
     await server.start()
-    for name in ("", service):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await set_serving(checks, service, serving=True)
     return server, f"{address}:{bound}", checks
+
+
+async def set_serving(checks: HealthServicer, service: str, *, serving: bool) -> None:
+    """What grpc.health.v1 answers for the service and for the server as a whole."""
+    states = health_pb2.HealthCheckResponse
+    for name in ("", service):
+        await checks.set(name, states.SERVING if serving else states.NOT_SERVING)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from protos.checkpoint import Checkpoint
+from protos.codec import WIRE_DTYPES
 from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest
 from protos.loops import compute_executor, limit_torch_threads
 from protos.model import ModelSpec
@@ -243,6 +244,8 @@ class Router:
 
     def _check_states(self, x_TD: Tensor) -> None:
         dim, limit = self.spec.dim, self.config.max_request_tokens
+        if x_TD.dtype not in WIRE_DTYPES:
+            raise InvalidRequest(f"x has dtype {x_TD.dtype} (supported: float32, bfloat16, float16)")
         if x_TD.dim() != 2 or x_TD.shape[1] != dim:
             raise InvalidRequest(f"x has shape {list(x_TD.shape)}, expected [T, {dim}]")
         if not 1 <= x_TD.shape[0] <= limit:

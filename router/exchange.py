@@ -28,6 +28,7 @@ from router.gate import Routing
 from router.ledger import RequestLedger
 from router.merging import Batch, Result
 from router.retry import Move, next_move, retry_pause_s
+from router.reweigh import reweigh
 from router.table import PlacementTable
 from router.transport import Inbox, Reply, ServerLink, row_bytes
 
@@ -42,6 +43,7 @@ class _Sent:
 
     dispatch: Dispatch
     link: ServerLink
+    epoch: int
     call_id: int
 
 
@@ -60,8 +62,11 @@ class Exchange:
         table: PlacementTable,
         routing: Routing,
         decision: CapacityDecision,
+        *,
+        gate_s: float,
     ) -> None:
-        self.gate_s = 0.0
+        self._gate_s = gate_s
+        self._epoch = table.epoch
         self._batch = batch
         self._context = context
         self._table = table
@@ -75,6 +80,7 @@ class Exchange:
         self._in_flight: dict[int, _Sent] = {}  # by id(sent)
         self._refused: list[tuple[float, IndexArray]] = []  # (not before, pairs)
         self._refusals = 0
+        self._retry_after_s = 0.0  # the longest hint of the servers in _full
         self._absent: IndexArray = _NO_PAIRS
         self._excluded: set[str] = set()  # servers this batch gave up on, until the placement changes
         self._full: set[str] = set()  # servers that refused, until the refused pairs are offered again
@@ -82,7 +88,7 @@ class Exchange:
         self._wave = 0
         self._retried_T: IndexArray | None = None
         self._servers: set[str] = set()
-        # Weights as they are sent. A later change of a token's weights scales its row at the end (see _reweigh).
+        # Weights as they are sent. A later change of a token's weights scales its row at the end (reweigh.py).
         self._weight_TK = decision.weight_TK
         self._scale_T: npt.NDArray[np.float32] | None = None
         # Pairs a request still waits for, plus 1 for its share of the shared expert's output.
@@ -100,12 +106,13 @@ class Exchange:
         batch, snapshot = self._batch, self._context.snapshot
         batch.on_abandoned = self._inbox.wake
         snapshot.listen(self._on_change)
-        self._changed = snapshot.current is not self._table  # while the gate computed
         try:
             if self._plain:
                 self._send(None)
             else:
-                self._settle_failed()
+                full = self._pairs_in(PairState.FAILED)
+                limit = f"capacity of {self._decision.capacity} pairs per copy is full"
+                self._fail(full, Overloaded(f"layer {batch.layer}: {limit}"))
                 self._absent = self._pairs_in(PairState.ABSENT)
                 self._send(self._wave_pairs(0))
             await self._compute_shared()
@@ -118,6 +125,7 @@ class Exchange:
             snapshot.forget(self._on_change)
             for sent in self._in_flight.values():
                 sent.link.cancel([sent.call_id])
+                snapshot.release(sent.epoch)
 
     # ------------------------------------------------------------------ sending
 
@@ -125,7 +133,8 @@ class Exchange:
         """Plan and send pairs (None: all); those no server may take go to the overflow or unavailability policy."""
         if pairs_P is not None and not len(pairs_P):
             return
-        table, links = self._table, self._context.transport.links
+        self._table = table = self._context.snapshot.current  # always the newest: only calls in flight hold an epoch
+        links = self._context.transport.links
         in_flight = [
             links[server.server_id].tokens_in_flight if server.server_id in links else 0 for server in table.servers
         ]
@@ -142,23 +151,19 @@ class Exchange:
         max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._batch.x_TD))
         timeout_s = self._deadline_s() - time.monotonic()
         for dispatch in plan.dispatches:
+            link = links[table.servers[dispatch.server].server_id]  # a table's links are made before it is adopted
             for block in split_rows(dispatch, max_rows):
-                self._send_block(block, timeout_s)
+                self._send_block(block, link, timeout_s)
         if len(plan.unplaced_P):
             self._place_nowhere(plan.unplaced_P)
 
-    def _send_block(self, block: Dispatch, timeout_s: float) -> None:
-        server_id = self._table.servers[block.server].server_id
-        link = self._context.transport.links.get(server_id)
-        if link is None:  # it left the placement after this batch took its snapshot
-            self._excluded.add(server_id)
-            self._retry(block.pair_index_P)
-            return
+    def _send_block(self, block: Dispatch, link: ServerLink, timeout_s: float) -> None:
         x_TD, dtype = self._batch.x_TD, WIRE_DTYPES[self._batch.x_TD.dtype]
         partial_dtype = dtype if self._context.config.partial_dtype == "model" else WIRE_DTYPES[torch.float32]
+        epoch = self._table.epoch
         head = expert_pb2.ComputeRequest(
             layer=self._batch.layer,
-            epoch=self._table.epoch,
+            epoch=epoch,
             num_rows=len(block.row_R),
             dtype=dtype,
             partial_dtype=partial_dtype,
@@ -168,8 +173,9 @@ class Exchange:
             pair_weight=block.pair_weight_P.tobytes(),
         )
         words_RD = self._words_TD if len(block.row_R) == len(x_TD) else self._words_TD[block.row_R]
-        sent = _Sent(dispatch=block, link=link, call_id=0)
+        sent = _Sent(dispatch=block, link=link, epoch=epoch, call_id=0)
         self._in_flight[id(sent)] = sent
+        self._context.snapshot.hold(epoch)
         sent.call_id = link.send(head, memoryview(words_RD).cast("B"), dim=x_TD.shape[1], inbox=self._inbox, tag=sent)
 
     async def _compute_shared(self) -> None:
@@ -189,6 +195,7 @@ class Exchange:
         sent = reply.tag
         assert isinstance(sent, _Sent), "the tag of every call of this inbox"
         del self._in_flight[id(sent)]
+        self._context.snapshot.release(sent.epoch)
         pairs_P = sent.dispatch.pair_index_P
         if reply.partial_RD is not None:
             self._servers.add(reply.server_id)
@@ -199,22 +206,22 @@ class Exchange:
         move = next_move(reply.error)
         if move is Move.FAIL:
             self._fail(pairs_P, reply.error)
-        elif move is Move.OVERFLOW and "copy" not in self._batch.requests[0].overflow.chain:
-            self._full.add(reply.server_id)
-            self._overflow(pairs_P, reply.error.retry_after_s)
-        else:
-            if move is Move.OVERFLOW:
-                self._full.add(reply.server_id)
-            else:
-                self._excluded.add(reply.server_id)
+        elif move is Move.ELSEWHERE:
+            self._excluded.add(reply.server_id)
             self._retry(pairs_P)
+        else:
+            self._full.add(reply.server_id)
+            self._retry_after_s = max(self._retry_after_s, reply.error.retry_after_s)
+            if "copy" in self._batch.requests[0].overflow.chain:
+                self._retry(pairs_P)
+            else:
+                self._overflow(pairs_P)
 
     def _retry(self, pairs_P: IndexArray) -> None:
         """Send pairs again, to servers this batch has not given up on."""
         if self._retried_T is None:
             self._retried_T = np.zeros(len(self._batch.x_TD), dtype=np.int64)
         np.add.at(self._retried_T, pairs_P // self._top_k, 1)
-        self._look_again()
         self._send(pairs_P)
 
     def _place_nowhere(self, pairs_P: IndexArray) -> None:
@@ -224,15 +231,15 @@ class Exchange:
         alive = layer.without(self._mask(self._excluded)) if self._excluded else layer
         full = alive.num_copies_E[expert_P] > 0
         if full.any():
-            self._overflow(pairs_P[full], 0.0)
+            self._overflow(pairs_P[full])
         if not full.all():
             self._walk(pairs_P[~full], unavailable=True)
 
-    def _overflow(self, pairs_P: IndexArray, retry_after_s: float) -> None:
+    def _overflow(self, pairs_P: IndexArray) -> None:
         """Pairs that every copy refused walk the overflow chain; those that wait are offered again after a pause."""
         self._refusals += 1
         now_s = time.monotonic()
-        pause_s = retry_pause_s(retry_after_s, attempt=self._refusals, jitter=float(self._context.rng.random()))
+        pause_s = retry_pause_s(self._retry_after_s, attempt=self._refusals, jitter=float(self._context.rng.random()))
         waiting = self._walk(pairs_P, unavailable=False, may_wait=now_s + pause_s < self._deadline_s())
         if len(waiting):
             self._refused.append((now_s + pause_s, waiting))
@@ -254,7 +261,7 @@ class Exchange:
             unavailable=unavailable,
             may_wait=may_wait,
         )
-        self._reweigh(pairs_P)
+        self._weight_TK, self._scale_T = reweigh(self._weight_TK, self._scale_T, after, pairs_P)
         state_P = after.state_TK.ravel()[pairs_P]
         self._settle(pairs_P[state_P == PairState.DROPPED])
         failed = pairs_P[state_P == PairState.FAILED]
@@ -273,30 +280,6 @@ class Exchange:
         waiting_P: IndexArray = pairs_P[state_P == PairState.WAITED]
         return waiting_P
 
-    def _reweigh(self, walked_P: IndexArray) -> None:
-        """Take over the weights of a new decision for tokens that have terms on the way already.
-
-        What was sent carries the old weights. The gate gives the other terms of such a token new weights that differ
-        by one common factor (a renormalisation), so the factor is applied to the row's sum at the end, and what is
-        sent from now on is divided by it.
-        """
-        new_TK = self._decision.weight_TK
-        old_TK, self._weight_TK = self._weight_TK, self._weight_TK.copy()
-        if self._scale_T is None:
-            self._scale_T = np.ones(len(new_TK), dtype=np.float32)
-        walked_TK = np.zeros(new_TK.shape, dtype=np.bool_)
-        walked_TK.ravel()[walked_P] = True
-        sent_TK = np.where(walked_TK | (self._decision.state_TK >= PairState.DROPPED), 0.0, old_TK)
-        for token in np.unique(walked_P // self._top_k).tolist():
-            k = int(np.abs(sent_TK[token]).argmax())
-            if sent_TK[token, k] != 0.0:
-                self._scale_T[token] = new_TK[token, k] / sent_TK[token, k]
-                walked_K = walked_TK[token]
-                self._weight_TK[token, walked_K] = new_TK[token, walked_K] / self._scale_T[token]
-            else:
-                self._scale_T[token] = 1.0
-                self._weight_TK[token] = new_TK[token]
-
     # ------------------------------------------------------------------ waiting
 
     def _deadline_s(self) -> float:
@@ -310,7 +293,6 @@ class Exchange:
         if self._changed:
             self._changed = False
             self._excluded.clear()
-            self._look_again()
             if len(self._absent):
                 pairs_P, self._absent = self._absent, self._absent[:0]
                 self._send(pairs_P)
@@ -320,6 +302,7 @@ class Exchange:
             self._refused = [entry for entry in self._refused if entry[0] > now_s]
             if ready:
                 self._full.clear()
+                self._retry_after_s = 0.0
                 self._retry(np.sort(np.concatenate(ready)))
         if not self._in_flight and self._wave < self._decision.num_waves - 1:
             self._wave += 1
@@ -334,10 +317,6 @@ class Exchange:
     def _on_change(self) -> None:
         self._changed = True
         self._inbox.wake()
-
-    def _look_again(self) -> None:
-        """Use the newest placement for what is sent from now on."""
-        self._table = self._context.snapshot.current
 
     def _excluded_mask(self) -> npt.NDArray[np.bool_] | None:
         blocked = self._excluded | self._full
@@ -389,11 +368,11 @@ class Exchange:
             pairs=num_pairs,
             computed=num_pairs,
             retried=0 if self._retried_T is None else int(self._retried_T[rows].sum()),
-            epoch=self._table.epoch,
+            epoch=self._epoch,
             batch_tokens=len(self._batch.x_TD),
             num_servers=len(self._servers),
             queue_s=self._batch.started_s - request.arrived_s,
-            gate_s=self.gate_s,
+            gate_s=self._gate_s,
             experts_s=time.monotonic() - self._sent_s,
         )
         if not self._plain:
@@ -412,12 +391,6 @@ class Exchange:
             if request.return_routing
             else None,
         )
-
-    def _settle_failed(self) -> None:
-        failed = self._pairs_in(PairState.FAILED)
-        if len(failed):
-            limit = self._decision.capacity
-            self._fail(failed, Overloaded(f"layer {self._batch.layer}: capacity of {limit} pairs per copy is full"))
 
     def _fail(self, pairs_P: IndexArray, error: ExpertmeshError) -> None:
         """Fail the requests these pairs belong to; the others of the batch go on."""

@@ -17,19 +17,12 @@ from router.merging import Batch
 
 async def run_batch(batch: Batch, context: LayerContext) -> None:
     """Compute one batch and answer its requests. Never raises for what a request or a server did wrong."""
-    table = context.snapshot.current  # one epoch for the whole batch, unless a failure makes it look again
-    context.snapshot.hold(table.epoch)
-    try:
-        began_s = time.monotonic()
-        routing = await _route(batch, context)
-        context.count_demand(batch.layer, np.bincount(routing.expert_TK.ravel(), minlength=context.spec.num_experts))
-        overflow, gate = batch.requests[0].overflow, context.gates[batch.layer]
-        decision = apply_capacity(routing, table.layer(batch.layer), overflow, gate=gate, rng=context.rng)
-        exchange = Exchange(batch, context, table, routing, decision)
-        exchange.gate_s = time.monotonic() - began_s
-        await exchange.run()
-    finally:
-        context.snapshot.release(table.epoch)
+    began_s = time.monotonic()
+    routing = await _route(batch, context)
+    context.count_demand(batch.layer, np.bincount(routing.expert_TK.ravel(), minlength=context.spec.num_experts))
+    overflow, gate, table = batch.requests[0].overflow, context.gates[batch.layer], context.snapshot.current
+    decision = apply_capacity(routing, table.layer(batch.layer), overflow, gate=gate, rng=context.rng)
+    await Exchange(batch, context, table, routing, decision, gate_s=time.monotonic() - began_s).run()
 
 
 async def _route(batch: Batch, context: LayerContext) -> Routing:

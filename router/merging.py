@@ -6,6 +6,7 @@ A batch that takes unusually long gives up its place early, so that one slow ser
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protos.errors import ExpertmeshError, InternalError, Overloaded
+from protos.errors import ExpertmeshError, InternalError, Overloaded, Unavailable
 from router.config import OverflowConfig
 from router.gate import Routing
 from router.ledger import RequestLedger
+
+log = logging.getLogger("expertmesh.router")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class Request:
     done: bool = False
     timer: asyncio.TimerHandle | None = None
     batch: "Batch | None" = None
+    on_done: Callable[[], None] = lambda: None
 
     @property
     def num_tokens(self) -> int:
@@ -55,20 +59,22 @@ class Request:
 
     def finish(self, outcome: Result | ExpertmeshError) -> None:
         """Answer, unless that has happened."""
-        if self.done:
-            return
-        self.done = True
-        if self.timer is not None:
-            self.timer.cancel()
-        self.answer(outcome)
+        if not self.done:
+            self._end()
+            self.answer(outcome)
 
     def abandon(self) -> None:
         """Nobody waits for the answer any more."""
+        if not self.done:
+            self._end()
+        if self.batch is not None:
+            self.batch.on_abandoned()
+
+    def _end(self) -> None:
         self.done = True
         if self.timer is not None:
             self.timer.cancel()
-        if self.batch is not None:
-            self.batch.on_abandoned()
+        self.on_done()
 
     @property
     def merge_key(self) -> tuple[object, ...]:
@@ -138,7 +144,7 @@ class Merger:
         run: computes a batch and finishes its requests; it must not raise.
         max_batch_tokens: tokens per batch.
         max_batches_in_flight: per layer.
-        max_queued_tokens: tokens waiting over all layers, beyond which `submit` raises Overloaded.
+        max_queued_tokens: tokens accepted and not yet answered, beyond which `submit` raises Overloaded.
     """
 
     def __init__(
@@ -156,27 +162,41 @@ class Merger:
         self._max_batches_in_flight = max_batches_in_flight
         self._max_queued_tokens = max_queued_tokens
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
         self.queued_tokens = 0
 
     def submit(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            Overloaded: too many tokens wait; the hint is the time of a typical batch.
+            Overloaded: too many tokens are open; the hint is the time of a typical batch.
+            Unavailable: the router stops.
         """
         lane = self._lanes[request.layer]
+        if self._closed:
+            raise Unavailable("the router stops")
         if self.queued_tokens + request.num_tokens > self._max_queued_tokens:
             raise Overloaded(
-                f"{request.num_tokens} tokens on top of {self.queued_tokens} waiting exceed "
+                f"{request.num_tokens} tokens on top of {self.queued_tokens} open exceed "
                 f"max_queued_tokens ({self._max_queued_tokens})",
                 retry_after_s=max(0.01, lane.typical_s),
             )
-        self.queued_tokens += request.num_tokens
+        tokens = request.num_tokens
+        self.queued_tokens += tokens
+
+        def release() -> None:
+            self.queued_tokens -= tokens
+
+        request.on_done = release
         lane.waiting.append(request)
         self._schedule(lane)
 
     async def close(self) -> None:
-        """Cancel what runs."""
+        """Refuse new requests, fail the waiting ones and cancel what runs."""
+        self._closed = True
+        for lane in self._lanes.values():
+            while lane.waiting:
+                lane.waiting.popleft().finish(Unavailable("the router stops"))
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -198,13 +218,11 @@ class Merger:
     def _drop_done(self, lane: _Lane) -> None:
         """Forget waiting requests that were abandoned or whose deadline passed."""
         if any(request.done for request in lane.waiting):
-            self.queued_tokens -= sum(request.num_tokens for request in lane.waiting if request.done)
             lane.waiting = deque(request for request in lane.waiting if not request.done)
 
     def _launch(self, lane: _Lane) -> None:
         loop = asyncio.get_running_loop()
         batch = take_batch(lane.waiting, max_tokens=self._max_batch_tokens, now_s=time.monotonic())
-        self.queued_tokens -= batch.offsets[-1]
         lane.in_flight += 1
         free_place = _Once(lambda: self._free_place(lane))
         patience = loop.call_later(max(0.05, 3 * lane.typical_s), free_place)
@@ -228,6 +246,12 @@ class Merger:
     async def _guarded(self, batch: Batch) -> None:
         try:
             await self._run(batch)
+        except asyncio.CancelledError:
+            for request in batch.requests:
+                request.finish(Unavailable("the router stops"))
+            raise
+        except Exception:
+            log.exception("a batch of layer %s failed", batch.layer)
         finally:  # whatever happens, every request gets an answer
             for request in batch.requests:
                 request.finish(InternalError(f"layer {batch.layer}: the batch ended without an answer"))

@@ -5,6 +5,7 @@ A shell around `Router` (core.py): it decodes requests, encodes answers and ends
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,18 @@ import torch
 
 from protos import router_pb2
 from protos.codec import WIRE_DTYPES, decode, encode, read_tensor, tensor_bytes
-from protos.errors import ExpertmeshError, InvalidRequest, to_proto
+from protos.errors import Draining, ExpertmeshError, InvalidRequest, to_proto
 from protos.loops import LoopThread
 from protos.model import ModelSpec
-from protos.services import ROUTER_SERVICE, abort, require_free_port, router_handlers, start_server
+from protos.services import (
+    ROUTER_SERVICE,
+    HealthServicer,
+    abort,
+    require_free_port,
+    router_handlers,
+    set_serving,
+    start_server,
+)
 from router.client import routing_from_proto, routing_to_proto
 from router.config import OverflowConfig, RouterConfig
 from router.core import Router, RouterReport
@@ -61,6 +70,8 @@ class RouterServer:
         self._router = Router(spec, config, on_server_lost=on_server_lost)
         self._loop = LoopThread("expertmesh-router")
         self._server: grpc.aio.Server | None = None
+        self._checks: HealthServicer | None = None
+        self._stopping = False
 
     # ------------------------------------------------------------------ for whoever embeds the router, any thread
 
@@ -78,7 +89,7 @@ class RouterServer:
 
     def update(self, table: PlacementTable) -> None:
         """Adopt a placement table if it is newer. Batches in flight keep theirs."""
-        self._loop.post(self._router.adopt, table)
+        self._loop.submit(self._adopt(table))
 
     @property
     def oldest_epoch(self) -> int:
@@ -100,13 +111,25 @@ class RouterServer:
     async def _start(self, host: str, port: int) -> str:
         await self._router.start()
         handlers = router_handlers(stream=self._stream, forward=self._forward, describe=self._describe)
-        self._server, address, _ = await start_server(ROUTER_SERVICE, handlers, host=host, port=port)
+        self._server, address, self._checks = await start_server(ROUTER_SERVICE, handlers, host=host, port=port)
+        await set_serving(self._checks, ROUTER_SERVICE, serving=False)  # until a placement has come
         return address
 
     async def _stop(self, grace_s: float) -> None:
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        self._stopping = True
+        end_s = time.monotonic() + grace_s
+        if self._checks is not None:
+            await set_serving(self._checks, ROUTER_SERVICE, serving=False)
+        while self._router.report().queued_tokens and time.monotonic() < end_s:
+            await asyncio.sleep(0.01)
         await self._router.close()
+        if self._server is not None:
+            await self._server.stop(0.05)
+
+    async def _adopt(self, table: PlacementTable) -> None:
+        self._router.adopt(table)
+        if self._checks is not None and not self._stopping:
+            await set_serving(self._checks, ROUTER_SERVICE, serving=True)
 
     async def _stream(self, _: object, context: grpc.aio.ServicerContext) -> None:
         stream = _ClientStream(context)
@@ -195,6 +218,8 @@ class RouterServer:
     def _submit(
         self, head: router_pb2.ForwardRequest, payload: memoryview, answer: Callable[[Outcome], None]
     ) -> Request:
+        if self._stopping:
+            raise Draining(f"router {self.address} stops")
         x_TD = read_tensor(payload, head.dtype, (head.num_tokens, self._router.spec.dim), name="x")
         return self._router.submit(
             head.layer,

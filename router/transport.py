@@ -13,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc.aio
 import numpy as np
@@ -146,10 +147,12 @@ class ServerLink:
         self._task.cancel()
         await asyncio.wait([self._task])
 
-    def abandon(self, reason: str) -> None:
-        """Close at once, failing open calls."""
+    def abandon(self, reason: str) -> "asyncio.Task[None]":
+        """Close at once, failing open calls. Returns the task that ends."""
+        self.usable = False
         self._task.cancel()
         self._fail_open(reason)
+        return self._task
 
     # ------------------------------------------------------------------ connection
 
@@ -261,7 +264,7 @@ class Transport:
         self._hop_timeout_s = hop_timeout_s
         self._on_lost = on_lost
         self._changed = on_change
-        self._closing: set[asyncio.Task[None]] = set()
+        self._leaving: dict[ServerLink, asyncio.Task[None]] = {}  # no longer in the table, calls still open
         self._watch = asyncio.get_running_loop().create_task(self._watch_silence())
 
     def update(self, servers: Iterable[ServerAddress]) -> None:
@@ -273,8 +276,8 @@ class Transport:
                 link.abandon("left the placement")
                 continue
             task = asyncio.get_running_loop().create_task(link.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._leaving[link] = task
+            task.add_done_callback(partial(self._left, link))
         for server_id in wanted.keys() - self.links.keys():
             self.links[server_id] = ServerLink(
                 wanted[server_id], hop_timeout_s=self._hop_timeout_s, on_change=self._on_link_change
@@ -283,12 +286,16 @@ class Transport:
     async def close(self) -> None:
         """Close every link at once; open calls fail."""
         self._watch.cancel()
-        for task in self._closing:
+        links = [*self.links.values(), *self._leaving]
+        tasks = [self._watch, *self._leaving.values()]
+        for task in tasks:
             task.cancel()
-        for link in self.links.values():
-            link.abandon("the router stops")
         self.links.clear()
-        await asyncio.sleep(0)
+        tasks += [link.abandon("the router stops") for link in links]
+        await asyncio.wait(tasks)
+
+    def _left(self, link: ServerLink, task: "asyncio.Task[None]") -> None:
+        self._leaving.pop(link, None)
 
     def _on_link_change(self, link: ServerLink, reason: str) -> None:
         if reason:
@@ -303,7 +310,7 @@ class Transport:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(WATCH_S)
-            for link in self.links.values():
+            for link in [*self.links.values(), *self._leaving]:
                 link.check_silence(loop.time())
 
 
