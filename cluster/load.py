@@ -1,13 +1,15 @@
 """Load per expert, from the counters that routers report: rates that rise at once and fall slowly.
 
 A hot spot should get its copies within a second, a pause in the traffic should not cost it them: hence an
-exponentially weighted average with two time constants.
+exponentially weighted average with two time constants. Each router's rates are taken over its own report intervals: a
+window that mixed them would see bursts where reports and readings beat against each other.
 
 Shapes: L layers, E experts.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,34 +28,39 @@ class LoadWindow:
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self._shape = (len(layers), num_experts)
         self._rise_s, self._fall_s = rise_s, fall_s
-        self._rate_LE = np.zeros(self._shape)
-        self._seen: dict[str, npt.NDArray[np.float64]] = {}
-        self._pending_LE = np.zeros(self._shape)
-        self._updated_s: float | None = None
+        self._routers: dict[str, _Counters] = {}
 
-    def count(self, source: str, totals: Mapping[tuple[str, int], int]) -> None:
-        """Take a router's counters since its start; the difference to its previous report is new load."""
+    def count(self, source: str, totals: Mapping[tuple[str, int], int], now_s: float) -> None:
+        """Take a router's counters since its start; what is new since its previous report is load in that time."""
         total_LE = np.zeros(self._shape)
         for (layer, expert), pairs in totals.items():
             total_LE[self._rows[layer], expert] = pairs
-        before_LE = self._seen.get(source)
-        self._seen[source] = total_LE
-        if before_LE is not None:  # a first report may cover any time: it only sets the base
-            self._pending_LE += np.maximum(total_LE - before_LE, 0)
+        before = self._routers.get(source)
+        if before is None:  # a first report may cover any time: it only sets the base
+            self._routers[source] = _Counters(now_s, total_LE, np.zeros(self._shape))
+            return
+        elapsed_s = now_s - before.at_s
+        if elapsed_s <= 0:
+            return
+        fresh_LE = np.maximum(total_LE - before.total_LE, 0) / elapsed_s
+        rise, fall = 1 - math.exp(-elapsed_s / self._rise_s), 1 - math.exp(-elapsed_s / self._fall_s)
+        weight_LE = np.where(fresh_LE > before.rate_LE, rise, fall)
+        rate_LE = before.rate_LE + weight_LE * (fresh_LE - before.rate_LE)
+        self._routers[source] = _Counters(now_s, total_LE, rate_LE)
 
     def forget(self, sources: set[str]) -> None:
-        """Keep only the counters of these sources."""
-        self._seen = {source: total_LE for source, total_LE in self._seen.items() if source in sources}
+        """Keep only these routers: the load of the others has gone elsewhere, or nowhere."""
+        self._routers = {source: found for source, found in self._routers.items() if source in sources}
 
-    def rates(self, now_s: float) -> npt.NDArray[np.float64]:
-        """rate_LE, with everything counted so far folded in."""
-        if self._updated_s is None:
-            self._updated_s = now_s
-        elapsed_s = now_s - self._updated_s
-        if elapsed_s <= 0:
-            return self._rate_LE
-        self._updated_s = now_s
-        fresh_LE, self._pending_LE = self._pending_LE / elapsed_s, np.zeros(self._shape)
-        rise, fall = 1 - math.exp(-elapsed_s / self._rise_s), 1 - math.exp(-elapsed_s / self._fall_s)
-        self._rate_LE = self._rate_LE + np.where(fresh_LE > self._rate_LE, rise, fall) * (fresh_LE - self._rate_LE)
-        return self._rate_LE
+    def rates(self) -> npt.NDArray[np.float64]:
+        """rate_LE: the sum over all routers. Reading does not change it."""
+        return sum((found.rate_LE for found in self._routers.values()), start=np.zeros(self._shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Counters:
+    """One router's last report, and its rates."""
+
+    at_s: float
+    total_LE: npt.NDArray[np.float64]
+    rate_LE: npt.NDArray[np.float64]

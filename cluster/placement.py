@@ -127,7 +127,7 @@ class Placement:
                 known_servers=beat.known_servers,
                 now_s=time.monotonic(),
             )
-        self._window.count(beat.router_id, beat.demand)
+        self._window.count(beat.router_id, beat.demand, time.monotonic())
         self._routers[beat.router_id] = beat
 
     async def poll_table(self, epoch: int, timeout_s: float) -> PlacementTable | None:
@@ -154,7 +154,7 @@ class Placement:
         """The cluster as `expertmesh status` shows it. Plain values."""
         fleet, table = self._fleet, self._fleet.table
         routers = [beat for router_id, beat in self._routers.items() if router_id in fleet.routers]
-        rate_LE = self._window.rates(time.monotonic())
+        rate_LE = self._window.rates()
         order = rate_LE.argsort(axis=None)[::-1][:MAX_HOT]
         hot = [(self._spec.layers[i // self._spec.num_experts], int(i % self._spec.num_experts)) for i in order]
         everything = [(layer, expert) for layer in self._spec.layers for expert in range(self._spec.num_experts)]
@@ -252,7 +252,7 @@ class Placement:
         knobs = self._knobs
         return PlannerInput(
             layers=self._spec.layers,
-            load_LE=self._window.rates(time.monotonic()),
+            load_LE=self._window.rates(),
             servers=tuple(
                 PlannerServer(
                     server_id=hello.server_id,
