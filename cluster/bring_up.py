@@ -38,16 +38,10 @@ def bring_up(
     """
     end_s = time.monotonic() + timeout_s
     _deploy(config, end_s)
-    said = ""
-    while time.monotonic() < end_s:
-        found, missing = _look(config)
-        if not missing:
-            return found
-        if missing != said:
-            said = missing
-            on_progress(f"waiting: {missing}")
-        time.sleep(POLL_S)
-    raise Unavailable(f"{config.name} is not ready after {timeout_s:g} s: {said}")
+    found, missing = asyncio.run(_until_ready(config, end_s, on_progress))
+    if missing:
+        raise Unavailable(f"{config.name} is not ready after {timeout_s:g} s: {missing}")
+    return found
 
 
 def missing_to_be_ready(found: dict[str, Any], config: ClusterConfig) -> str:
@@ -99,21 +93,32 @@ def _serve_message(name: str) -> str:
     )
 
 
-def _look(config: ClusterConfig) -> tuple[dict[str, Any], str]:
-    async def look() -> tuple[dict[str, Any], str]:
-        found = await status(config.name)
-        missing = missing_to_be_ready(found, config)
-        if not missing:
-            async with RouterClient(found["router"]["grpc"]) as client:
-                try:
-                    answer = await client.describe(timeout_s=2.0)
-                except ExpertmeshError as err:
-                    return found, f"the router at {client.address} does not answer: {err.message}"
-                if answer.epoch < 1:
-                    return found, "the router has no table yet"
-        return found, missing
+async def _until_ready(
+    config: ClusterConfig, end_s: float, on_progress: Callable[[str], None]
+) -> tuple[dict[str, Any], str]:
+    """The status, and what is still missing at `end_s` ("" if nothing)."""
+    said = ""
+    while True:
+        try:
+            found, missing = await _look(config)
+        except Exception as err:  # Ray's and Serve's errors while the placement is starting
+            found, missing = {}, f"the placement does not answer ({type(err).__name__})"
+        if not missing or time.monotonic() > end_s:
+            return found, missing
+        if missing != said:
+            said = missing
+            on_progress(f"waiting: {missing}")
+        await asyncio.sleep(POLL_S)
 
-    try:
-        return asyncio.run(look())
-    except Exception as err:  # Ray's and Serve's errors while the placement is starting
-        return {}, f"the placement does not answer ({type(err).__name__})"
+
+async def _look(config: ClusterConfig) -> tuple[dict[str, Any], str]:
+    found = await asyncio.wait_for(status(config.name), 5.0)
+    missing = missing_to_be_ready(found, config)
+    if missing:
+        return found, missing
+    async with RouterClient(found["router"]["grpc"]) as client:
+        try:
+            answer = await client.describe(timeout_s=2.0)
+        except ExpertmeshError as err:
+            return found, f"the router at {client.address} does not answer: {err.message}"
+    return found, "" if answer.epoch else "the router has no table yet"

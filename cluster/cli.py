@@ -210,6 +210,30 @@ def down(*, state_dir: StateDir = None) -> None:
         out.line(run_cluster.down(_state_dir(state_dir)))
 
 
+@app.command()
+def demo(
+    *,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the summary as a JSON document")
+    ] = None,
+    picture: Annotated[Path, typer.Option(metavar="FILE", help="write the picture (PNG)")] = Path(
+        "expertmesh-demo.png"
+    ),
+) -> None:
+    """Run a small real model under skewed load on this machine: scale up, kill a server, scale down; 1-3 minutes."""
+    with _interruptible():
+        from rich.console import Console
+
+        from cluster.demo_settings import Settings
+        from cluster.run_demo import run_demo
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        root = Path(__file__).parent.parent
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        if not run_demo(Settings(), root, json_file=json_file, picture=picture, console=console):
+            raise CommandError("a promise was broken, see above")
+
+
 def main() -> None:
     """The `expertmesh` command: whatever goes wrong is one line on standard error and a status."""
     try:

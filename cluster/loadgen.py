@@ -23,7 +23,7 @@ from router.ledger import LedgerTotals, RequestLedger
 
 MAX_OPEN = 1024  # requests of an open loop; a router that no longer answers must not fill our memory
 _FAILED_PAUSE_S = 0.02  # a closed loop must not spin on an error that comes at once
-NOT_SENT = "NotSent"  # the open loop's own error class: MAX_OPEN requests were open
+NOT_SENT = "NotSent"  # the open loop's own error class: max_open requests were open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,8 @@ class LoadGenerator:
     Args:
         rate: requests per second (open loop), or None.
         concurrency: open requests of the closed loop, where `rate` is None.
+        max_open: open requests of the open loop.
+        postpone: at max_open, send later what is due; otherwise it is not sent and counts as failed (NotSent).
         overflow: the requests' overflow policy; None leaves the operator's.
         timeout_s: of each request.
         checker: checks a share of the answers; None for none.
@@ -70,6 +72,8 @@ class LoadGenerator:
         *,
         rate: float | None = None,
         concurrency: int = 4,
+        max_open: int = MAX_OPEN,
+        postpone: bool = False,
         overflow: router_pb2.OverflowPolicy | None = None,
         timeout_s: float = 30.0,
         checker: Checker | None = None,
@@ -81,6 +85,8 @@ class LoadGenerator:
         self.tally = Tally()
         self._client = client
         self._concurrency = concurrency
+        self._max_open = max_open
+        self._postpone = postpone
         self._timeout_s = timeout_s
         self._checker = checker
         self._on_sample = on_sample
@@ -128,8 +134,12 @@ class LoadGenerator:
             if due_s > loop.time():
                 await _wait(stop, min(due_s - loop.time(), 0.1))
                 continue
-            if len(self._open) >= MAX_OPEN:
-                error = f"{MAX_OPEN} requests are open"
+            if self._postpone and len(self._open) >= self._max_open:
+                await asyncio.wait(self._open, return_when=asyncio.FIRST_COMPLETED)
+                due_s = max(due_s, loop.time())
+                continue
+            if len(self._open) >= self._max_open:
+                error = f"{self._max_open} requests are open"
                 self._count(Sample(ended_s=loop.time(), took_s=0.0, num_tokens=0, error=NOT_SENT), error)
             else:
                 task = loop.create_task(self._one_open(self.traffic.next(), due_s))
