@@ -166,7 +166,8 @@ class Placement:
             "placement": {"node": ray.get_runtime_context().get_node_id()[-8:], "pid": os.getpid()},
             "router": {
                 "grpc": routers[0].address if routers else None,
-                "http": f"{self._config.router.host}:{self._config.router.http_port}",
+                "http": f"{_host_of(routers[0].address) if routers else self._config.router.host}:"
+                f"{self._config.router.http_port}",
             },
             "routers": [
                 {"id": beat.router_id, "node": beat.node, "pid": beat.pid, "grpc": beat.address, "epoch": beat.epoch}
@@ -345,3 +346,7 @@ class Placement:
     def _note(self, kind: str, detail: str) -> None:
         log.info("%s: %s", kind, detail)
         self._events.append({"at_s": time.time(), "epoch": self._fleet.epoch, "kind": kind, "detail": detail})
+
+
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0]

@@ -99,7 +99,7 @@ class RouterReplica:
         report = self._server.report()
         beat = RouterBeat(
             router_id=self._id,
-            address=report.address,
+            address=self._reachable(report.address),
             node=ray.get_runtime_context().get_node_id()[-8:],
             pid=os.getpid(),
             epoch=report.epoch,
@@ -114,6 +114,13 @@ class RouterReplica:
         await answer(self._placement.beat_router.remote(beat))
         if report.oldest_epoch < self._table.epoch:
             self._beat_now.set()  # an old batch still runs: acknowledge as soon as it is done
+
+    def _reachable(self, address: str) -> str:
+        """The address others can use: this node's where the router listens on every interface."""
+        host, _, port = address.rpartition(":")
+        if host not in ("0.0.0.0", "[::]"):
+            return address
+        return f"{ray.util.get_node_ip_address()}:{port}"  # type: ignore[no-untyped-call]
 
     async def _poll(self) -> None:
         """Wait for the next table."""

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from protos import common_pb2, router_pb2
 from protos.codec import WIRE_DTYPES, decode, encode, read_floats, read_ints, read_tensor, tensor_bytes
-from protos.errors import ExpertmeshError, Unavailable, from_proto, from_rpc
+from protos.errors import DeadlineExceeded, ExpertmeshError, Unavailable, from_proto, from_rpc
 from protos.services import CHANNEL_OPTIONS, describe_method, router_stream
 from router.gate import Routing
 from router.ledger import RequestLedger
+
+UNANSWERED_S = 2.0  # how long after its deadline a request waits for the router to say so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,8 @@ class RouterClient:
             return_routing: also return the effective routing.
 
         Raises:
-            ExpertmeshError: whatever the router answered; Unavailable if the stream broke.
+            ExpertmeshError: whatever the router answered; Unavailable if the stream broke; DeadlineExceeded if a router
+                that was given timeout_s said nothing.
         """
         head = router_pb2.ForwardRequest(
             layer=layer,
@@ -106,7 +109,11 @@ class RouterClient:
         self._out.append(message)
         self._wake.set()
         try:
-            return await future
+            # The router keeps the deadline; if nothing comes from it either, it hangs or the network does.
+            async with asyncio.timeout(None if timeout_s is None else timeout_s + UNANSWERED_S):
+                return await future
+        except TimeoutError:
+            raise DeadlineExceeded(f"router {self.address} did not answer within timeout_s ({timeout_s:.3g})") from None
         finally:
             self._open.pop(request_id, None)
 

@@ -4,15 +4,18 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc.aio
 import numpy as np
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import Tensor
 
 from cluster.local_layer import LocalLayer
@@ -20,6 +23,7 @@ from experts.config import ExpertServerConfig
 from protos import router_pb2
 from protos.errors import (
     DeadlineExceeded,
+    Draining,
     ExpertmeshError,
     InvalidRequest,
     NoCopy,
@@ -27,6 +31,7 @@ from protos.errors import (
     Unavailable,
 )
 from protos.model import ModelSpec
+from protos.services import ROUTER_SERVICE
 from router.client import RouterClient
 from router.config import OverflowConfig, RouterConfig
 from router.gate import Routing
@@ -408,3 +413,61 @@ async def test_large_finite_states_are_not_mistaken_for_infinite_ones(model: Pat
                 await client.forward(built.spec.layers[0], x_TD)
             except ExpertmeshError as err:
                 assert not isinstance(err, InvalidRequest), err  # noqa: PT017
+
+
+async def test_a_router_that_hangs_does_not_hang_its_client(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and says nothing
+        async with RouterClient(f"127.0.0.1:{silent.getsockname()[1]}") as client:
+            with pytest.raises(DeadlineExceeded, match="did not answer"):
+                await client.forward("0", torch.zeros(1, 8), timeout_s=0.05)
+
+
+async def test_open_requests_count_against_the_router_until_they_are_answered(model: Path) -> None:
+    config = RouterConfig(max_request_tokens=64, max_queued_tokens=64)
+    with mesh(model, 1, router=config, experts=ExpertServerConfig(emulated_tokens_per_s=400)) as built:
+        layer, x_TD = built.spec.layers[0], random_states(32, built.spec.dim)
+        async with RouterClient(built.router.address) as client:
+            outcomes = await asyncio.gather(*(client.forward(layer, x_TD) for _ in range(6)), return_exceptions=True)
+            assert sum(isinstance(outcome, Overloaded) for outcome in outcomes) == 4
+            await client.forward(layer, x_TD)
+
+
+async def test_a_hang_is_noticed_after_the_server_has_left_the_table(model: Path) -> None:
+    with (
+        server_process(model, "doomed", "all") as (process, address),
+        mesh(model, 1, router=RouterConfig(hop_timeout_s=0.5)) as built,
+    ):
+        keys, survivors = split_copies(built.spec, 1)[0], built.servers
+        built.servers = {"doomed": _Remote(address)}  # type: ignore[dict-item]
+        built.publish({key: ["doomed"] for key in keys})
+        layer, x_TD = built.spec.layers[0], random_states(4, built.spec.dim)
+        async with RouterClient(built.router.address) as client:
+            await client.forward(layer, x_TD)
+            os.kill(process.pid, signal.SIGSTOP)
+            pending = asyncio.create_task(client.forward(layer, x_TD, timeout_s=20))
+            while built.router.report().queued_tokens == 0:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.1)  # the rows are on their way
+            built.servers = survivors
+            built.publish()
+            answer = await asyncio.wait_for(pending, 5)
+        assert relative_error(answer.y_TD, LocalLayer(built.spec, layer)(x_TD)[0]) <= TOLERANCE
+
+
+async def test_a_stopping_router_refuses_at_once_and_reports_not_serving(model: Path) -> None:
+    with mesh(model, 1, experts=ExpertServerConfig(emulated_tokens_per_s=40)) as built:
+        async with RouterClient(built.router.address) as client, grpc.aio.insecure_channel(built.router.address) as raw:
+            health = health_pb2_grpc.HealthStub(raw)
+            check = health_pb2.HealthCheckRequest(service=ROUTER_SERVICE)
+            assert (await health.Check(check)).status == health_pb2.HealthCheckResponse.SERVING
+            layer = built.spec.layers[0]
+            pending = asyncio.create_task(client.forward(layer, random_states(8, built.spec.dim)))
+            while built.router.report().queued_tokens == 0:
+                await asyncio.sleep(0.005)
+            stopping = asyncio.create_task(asyncio.to_thread(built.router.stop, 5.0))
+            while (await health.Check(check)).status == health_pb2.HealthCheckResponse.SERVING:
+                await asyncio.sleep(0.005)
+            with pytest.raises(Draining):
+                await client.forward(layer, random_states(8, built.spec.dim))
+            await pending
+            await stopping
