@@ -12,6 +12,7 @@ it runs `ray stop --force`.
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -284,7 +285,13 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port nobody listens on, below the range from which the kernel takes the ports of outgoing connections: Ray
+    binds it seconds later, and until then a busy machine would have handed one of those to somebody else."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise Unavailable("no free port in 20000..31999")

@@ -6,11 +6,14 @@ import os
 import signal
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cluster.local import connect, local_ray
+from protos.errors import ExpertmeshError
 from tests.cluster_fixtures import Account, Cluster, copies_of, deployed, load, make_batches, serving
 from tests.tiny_models import tiny_model
 
@@ -45,6 +48,10 @@ async def at_rest(cluster: Cluster) -> str:
         f"{MIN_SERVERS} servers hold every expert",
     )
     return str(found["router"]["grpc"])
+
+
+def ids(status: dict[str, Any]) -> set[str]:
+    return {server["id"] for server in status["servers"]}
 
 
 async def test_a_deployed_cluster_answers_like_transformers(cluster: Cluster) -> None:
@@ -91,10 +98,12 @@ async def test_the_pool_grows_under_load_and_shrinks_after_it_without_losing_a_r
     print(f"four servers after {took_s:.2f} s, all in traffic {traffic_s:.2f} s later")
 
 
-async def test_a_killed_server_costs_no_request_and_is_replaced(cluster: Cluster) -> None:
+async def test_a_killed_server_costs_no_request_and_is_replaced(
+    cluster: Cluster, capfd: pytest.CaptureFixture[str]
+) -> None:
     address = await at_rest(cluster)
     batches = make_batches(cluster.spec)
-    async with load(address, batches, concurrency=2, pause_s=0.02) as account:
+    async with load(address, batches, concurrency=2, pause_s=0.15) as account:
         before, _ = await cluster.until(lambda _: account.answered > 20, "load is running")
         victim = serving(before)[0]
         os.kill(victim["pid"], signal.SIGKILL)
@@ -111,13 +120,14 @@ async def test_a_killed_server_costs_no_request_and_is_replaced(cluster: Cluster
         await cluster.until(lambda _: account.answered > answered + 20, "load goes on")
     account.assert_clean()
     assert after["epoch"] > before["epoch"]
+    assert "raylet" not in capfd.readouterr().out, "Ray's complaints do not end up on our standard output"
     print(f"re-placed after {took_s:.2f} s, replaced {replaced_s:.2f} s later, slowest {account.slowest_s:.2f} s")
 
 
 async def test_requests_go_on_while_the_placement_is_killed_and_epochs_never_go_back(cluster: Cluster) -> None:
     address = await at_rest(cluster)
     batches = make_batches(cluster.spec)
-    async with load(address, batches, concurrency=2, pause_s=0.02) as account:
+    async with load(address, batches, concurrency=2, pause_s=0.15) as account:
         before, _ = await cluster.until(lambda _: account.answered > 20, "load is running")
         os.kill(before["placement"]["pid"], signal.SIGKILL)
         answered = account.answered
@@ -125,7 +135,7 @@ async def test_requests_go_on_while_the_placement_is_killed_and_epochs_never_go_
             lambda status: (
                 status["placement"]["pid"] != before["placement"]["pid"]
                 and status["settled"]
-                and len(status["servers"]) == len(before["servers"])
+                and ids(status) >= ids(before)
                 and status["routers"]
                 and status["routers"][0]["epoch"] == status["epoch"]
             ),
@@ -136,7 +146,6 @@ async def test_requests_go_on_while_the_placement_is_killed_and_epochs_never_go_
     account.assert_clean()
     assert account.retried == 0
     assert after["epoch"] > before["epoch"]
-    assert {server["id"] for server in after["servers"]} == {server["id"] for server in before["servers"]}
     assert not after["missing_experts"]
     print(f"placement back after {took_s:.2f} s")
 
@@ -173,3 +182,21 @@ async def test_status_and_health_over_http(cluster: Cluster) -> None:
     assert len(status["servers"]) == MIN_SERVERS
     health = json.loads(await asyncio.to_thread(lambda: urllib.request.urlopen(f"{base}/healthz").read()))
     assert health["ready"] is True
+
+
+def test_a_second_local_ray_starts_beside_and_stops_alone(ray_cluster: str) -> None:
+    import ray
+
+    with local_ray(num_cpus=1) as second:
+        assert second.address != ray_cluster
+        assert second.session in second.pids()
+        assert second.temp_dir.exists()
+    assert not second.pids()
+    assert not second.temp_dir.exists()
+    assert sum(node["Alive"] for node in ray.nodes()) == 1  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1"])
+def test_a_ray_that_is_not_there_gives_one_clear_error(address: str) -> None:
+    with pytest.raises(ExpertmeshError, match=address):
+        connect(address)
