@@ -101,6 +101,11 @@ def compute_job(blocks: list[Dispatch]) -> dict[str, Any] | None:
     }
 
 
+def on_ray(call: Callable[[Gate, Tensor], Awaitable[Tensor]], gate: Gate, inputs: list[Tensor]) -> Call:
+    """A Ray arm on one list of inputs."""
+    return lambda i: call(gate, inputs[i % len(inputs)])
+
+
 async def timed(call: Call, count: int) -> list[float]:
     """Seconds of `count` calls, one after another; call i uses input i modulo the number of inputs."""
     seconds = []
@@ -171,7 +176,7 @@ async def run(rounds: int, with_ray: bool) -> dict[str, Any]:
                 "echo": lambda i: echo.call(messages[size][i % 16]),
                 "mesh": lambda i: router.forward(layer, inputs[size][i % 16]),
                 "endpoint": lambda i: client.forward(layer, inputs[size][i % 16]),
-                **{name: (lambda i, f=f: f(gate, inputs[size][i % 16])) for name, f in ray_calls.items()},
+                **{name: on_ray(call, gate, inputs[size]) for name, call in ray_calls.items()},
             }
 
         seconds: dict[int, dict[str, list[float]]] = {size: {} for size in SIZES}

@@ -12,6 +12,7 @@ import torch
 from ray import serve
 from torch import Tensor
 
+from cluster.local import connect, local_ray
 from experts.compute import partial_sums
 from experts.weights import ExpertCopy
 from protos.checkpoint import Checkpoint, read_model
@@ -45,23 +46,13 @@ def start_ray_arms(
     stack: ExitStack, model: Path, experts: list[list[int]], table: PlacementTable
 ) -> dict[str, RayCall]:
     """Start a local Ray with both variants; returns {"actors": call, "serve": call}."""
-    ray.init(
-        num_cpus=8,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}},
-    )
+    connect(stack.enter_context(local_ray(num_cpus=8)).address)
     stack.callback(ray.shutdown)
-    actors = [ray.remote(num_cpus=0)(Experts).remote(str(model), held) for held in experts]
-    handles = [
-        serve.run(
-            serve.deployment(Experts, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
-            .options(name=f"Experts{i}")
-            .bind(str(model), held),
-            name=f"app{i}",
-            route_prefix=None,
-        )
+    serve.start(proxy_location="Disabled")
+    actors: list[Any] = [ray.remote(num_cpus=0)(Experts).remote(str(model), held) for held in experts]
+    deployment: Any = serve.deployment(Experts, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
+    handles: list[Any] = [
+        serve.run(deployment.options(name=f"Experts{i}").bind(str(model), held), name=f"app{i}", route_prefix=None)
         for i, held in enumerate(experts)
     ]
     stack.callback(serve.shutdown)
