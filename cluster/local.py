@@ -174,6 +174,7 @@ def _environment(inherited: Mapping[str, str], *, autoscaling: bool) -> dict[str
         # All nodes on the loopback interface, those of the fake provider too: nothing listens to the network.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_preload_python_modules": _PRELOAD,
+        "RAY_enable_worker_prestart": "1",  # every new node keeps such a worker ready for its first replica
         # Workers import our packages from where this process has them, installed or not.
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parent.parent), *filter(None, [inherited.get("PYTHONPATH")])]
