@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.console import BAD_INPUT, FAILED, CommandError, bad_input, die, note, output
+from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, note, output
 
 app = typer.Typer(
     name="expertmesh",
@@ -241,7 +241,9 @@ def main() -> None:
     except Exception as err:
         _report(err)
     except KeyboardInterrupt:
-        die("interrupted", 130)
+        die("interrupted", INTERRUPTED)
+    if status == INTERRUPTED:  # typer takes Ctrl-C for an end like any other
+        die("interrupted", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -252,7 +254,7 @@ def _report(err: Exception) -> None:
     if hasattr(err, "format_message"):  # click's usage errors, whose classes typer keeps to itself
         die(f"{err.format_message()} (see expertmesh --help)", BAD_INPUT)
     if isinstance(err, typer.Abort):
-        die("interrupted", 130)
+        die("interrupted", INTERRUPTED)
     from protos.errors import CorruptWeights, ExpertmeshError, InvalidRequest
 
     if isinstance(err, ExpertmeshError):

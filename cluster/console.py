@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-BAD_INPUT, FAILED = 2, 1
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 class CommandError(Exception):

@@ -94,27 +94,33 @@ class Demo:
             )
             stop = asyncio.Event()
             self._zero_s = self._loop.time()
-            tasks = [self._loop.create_task(self._load.run(stop)), self._loop.create_task(self._film())]
+            story, film, load = (
+                self._loop.create_task(part) for part in (self._story(), self._film(), self._load.run(stop))
+            )
             try:
-                before = await self._router_totals(0)
-                await self._warm_up()
-                await self._skew()
-                await self._switch()
-                await self._overflow()
-                await self._kill()
-                await self._calm()
-                self._begin("")
-                await self._settle_account("every request", before, {})
+                # The film and the load never end by themselves: what ends first is the story, or an error.
+                ended, _ = await asyncio.wait((story, film, load), return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    task.result()
             finally:
                 stop.set()
-                tasks[1].cancel()
-                await asyncio.wait(tasks)
+                story.cancel()
+                film.cancel()
+                await asyncio.wait((story, film, load))
                 await self._checker.close()
                 await self._watcher.close()
-        for task in tasks:
-            if not task.cancelled() and (problem := task.exception()) is not None:
-                raise problem
         self.verdicts.append(judge_answers(self._load.tally, self._checker.checks))
+
+    async def _story(self) -> None:
+        before = await self._router_totals(0)
+        await self._warm_up()
+        await self._skew()
+        await self._switch()
+        await self._overflow()
+        await self._kill()
+        await self._calm()
+        self._begin("")
+        await self._settle_account("every request", before, {})
 
     # ------------------------------------------------------------------ phases
 

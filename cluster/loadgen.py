@@ -127,7 +127,8 @@ class LoadGenerator:
         loop = asyncio.get_running_loop()
         due_s = loop.time()
         while not stop.is_set():
-            if not self.rate:
+            rate = self.rate  # it may change while we wait below
+            if not rate:
                 await _wait(stop, 0.02)
                 due_s = loop.time()
                 continue
@@ -146,7 +147,7 @@ class LoadGenerator:
                 self._open.add(task)
                 task.add_done_callback(self._open.discard)
                 await asyncio.sleep(0)  # behind schedule, the answers still have to be read
-            due_s += 1 / self.rate
+            due_s += 1 / rate
 
     async def _one_open(self, work: Work, began_s: float) -> None:
         await self._one(work, began_s=began_s)

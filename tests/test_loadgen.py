@@ -235,6 +235,22 @@ async def test_the_rate_can_be_changed_while_it_runs_and_every_request_is_a_samp
     assert all(sample.ledger is not None and sample.num_tokens == 4 for sample in samples)
 
 
+async def test_a_postponing_load_waits_where_another_fails_its_requests(model: Path) -> None:
+    slow = ExpertServerConfig(emulated_tokens_per_s=400)
+    tallies = {}
+    with mesh(model, experts=slow) as served:
+        for postpone in (False, True):
+            async with RouterClient(served.router.address) as client:
+                traffic = DrawnTraffic(parse_pattern("uniform"), await client.describe(), num_tokens=16)
+                load = LoadGenerator(client, traffic, rate=200.0, max_open=4, postpone=postpone)
+                await load.run_for(1.0)
+                tallies[postpone] = load.tally
+    assert tallies[False].errors[NOT_SENT] > 50
+    assert tallies[False].first_error == "NotSent: 4 requests are open"
+    assert not tallies[True].errors
+    assert 0 < tallies[True].totals.requests < 100
+
+
 # ---------------------------------------------------------------------- checking
 
 
