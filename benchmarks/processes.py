@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from experts.compute import partial_sums
 from experts.weights import ExpertCopy
 from protos.checkpoint import Checkpoint, read_model
+from protos.loops import keep_freed_memory
 from protos.services import CHANNEL_OPTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,7 @@ class ComputeOnly:
 def compute_main(model: Path, experts: list[int]) -> None:
     """Time `partial_sums` on request: what the expert server runs, with nothing around it."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the expert servers do
     spec = read_model(model)
     checkpoint = Checkpoint(spec)
     copies = {}

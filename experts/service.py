@@ -29,7 +29,7 @@ from protos import expert_pb2
 from protos.checkpoint import Checkpoint
 from protos.codec import TORCH_DTYPES, WIRE_DTYPES, decode, encode, matrix_bytes, read_floats, read_ints, read_tensor
 from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest, to_proto
-from protos.loops import LoopThread, compute_executor, limit_torch_threads
+from protos.loops import LoopThread, compute_executor, keep_freed_memory, limit_torch_threads
 from protos.model import ModelSpec
 from protos.services import EXPERT_SERVICE, expert_handlers, start_server
 
@@ -76,6 +76,7 @@ class ExpertServer:
     """
 
     def __init__(self, spec: ModelSpec, config: ExpertServerConfig, *, server_id: str) -> None:
+        keep_freed_memory()
         limit_torch_threads(config.compute_threads)
         device = torch.device(config.device if config.device != "auto" else _best_device())
         self.spec = spec

@@ -1,6 +1,7 @@
 """Threads and loops of a server process: the data path on a loop of its own, and waiting for the end."""
 
 import asyncio
+import ctypes
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ import torch
 import uvloop
 
 T = TypeVar("T")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class LoopThread:
@@ -73,6 +76,20 @@ def limit_torch_threads(torch_threads: int | None) -> None:
     """Use `torch_threads` threads for torch operations called from this thread; None leaves torch's default."""
     if torch_threads is not None:
         torch.set_num_threads(torch_threads)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what this process frees, for the next message of the same size. Does nothing without glibc.
+
+    By default every buffer of a large message goes back to the kernel, and its pages are faulted in again for the next
+    one: a quarter of the throughput of 2048-token calls.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value glibc takes
+    mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def wait_for_end() -> None:

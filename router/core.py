@@ -21,7 +21,7 @@ from torch import Tensor
 from protos.checkpoint import Checkpoint
 from protos.codec import WIRE_DTYPES
 from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest
-from protos.loops import compute_executor, limit_torch_threads
+from protos.loops import compute_executor, keep_freed_memory, limit_torch_threads
 from protos.model import ModelSpec
 from router.config import OverflowConfig, RouterConfig
 from router.context import LayerContext
@@ -90,6 +90,7 @@ class Router:
 
     async def start(self) -> None:
         """Bind to the running loop. Once only, before anything else."""
+        keep_freed_memory()
         limit_torch_threads(self.config.compute_threads)
         self._compute_thread = compute_executor("expertmesh-gate", self.config.compute_threads)
         self._transport = Transport(
