@@ -49,8 +49,12 @@ def missing_to_be_ready(found: dict[str, Any], config: ClusterConfig) -> str:
     serving = sum(server["state"] == "serving" for server in found["servers"])
     if serving < config.experts.min_servers:
         return f"{serving} of {config.experts.min_servers} expert servers"
-    if not found["settled"] or found["missing_experts"]:
-        return f"{len(found['missing_experts'])} experts without a live copy"
+    if not found["settled"]:
+        return "the placement waits for its servers to report"
+    if found["missing_experts"]:
+        reasons = [event["detail"] for event in found["events"] if event["kind"] in ("load_failed", "memory")]
+        why = f": {reasons[-1]}" if reasons else ""
+        return f"{len(found['missing_experts'])} experts without a live copy{why}"
     if not found["router"]["grpc"]:
         return "no router yet"
     return ""

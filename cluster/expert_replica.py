@@ -25,7 +25,6 @@ from cluster.scaling import BACKLOG, BUDGET, BUSY, NEEDED
 from experts.service import ExpertServer
 from protos import expert_pb2
 from protos.checkpoint import read_model
-from protos.errors import ExpertmeshError
 from protos.services import status_method
 
 log = logging.getLogger("expertmesh.experts")
@@ -86,7 +85,7 @@ class ExpertServerReplica:
             BUSY: report.busy_share,
             BACKLOG: report.queue_tokens / self._pace.capacity if self._pace.capacity else 0.0,
             NEEDED: float(self._needed_bytes),
-            BUDGET: float(report.budget_bytes),
+            BUDGET: float(self._hello.max_copies * self._copy_bytes),  # what fits in whole copies
         }
 
     async def check_health(self) -> None:
@@ -109,8 +108,14 @@ class ExpertServerReplica:
 
     async def _leave(self, server_id: str) -> None:
         try:
-            await answer(self._placement.drain.remote(server_id))
             async with asyncio.timeout(self._config.experts.drain_timeout_s):
+                while True:  # the placement may be restarting
+                    try:
+                        await answer(self._placement.drain.remote(server_id))
+                        break
+                    except Exception as err:
+                        log.info("draining %s: the placement does not answer (%s)", server_id, type(err).__name__)
+                        await asyncio.sleep(0.2)
                 await self._released.wait()
             await answer(self._placement.leave.remote(server_id))
         except Exception as err:
@@ -216,9 +221,10 @@ class ExpertServerReplica:
         for key in keys:
             try:
                 self._server.load([key])
-            except ExpertmeshError as err:
-                log.error("copy %s cannot be loaded: %s", key, err)
-                return frozenset(loaded), {key: str(err)}
+            except Exception as err:  # out of memory included: what was loaded before must be known all the same
+                log.error("copy %s cannot be loaded: %s: %s", key, type(err).__name__, err)
+                self._server.unload([key])
+                return frozenset(loaded), {key: f"{type(err).__name__}: {err}"}
             loaded.append(key)
             if time.monotonic() > end_s:
                 break

@@ -142,6 +142,7 @@ class LoadGenerator:
             if len(self._open) >= self._max_open:
                 error = f"{self._max_open} requests are open"
                 self._count(Sample(ended_s=loop.time(), took_s=0.0, num_tokens=0, error=NOT_SENT), error)
+                await asyncio.sleep(0)
             else:
                 task = loop.create_task(self._one_open(self.traffic.next(), due_s))
                 self._open.add(task)

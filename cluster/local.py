@@ -46,11 +46,12 @@ _children: dict[int, "subprocess.Popen[bytes]"] = {}  # by session, to be waited
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeScaling:
-    """Worker nodes that Ray's autoscaler adds and removes; each has one (fake) GPU."""
+    """Worker nodes that Ray's autoscaler adds and removes, with fake GPUs."""
 
     min_nodes: int
     max_nodes: int
     cpus_per_node: int = 1
+    gpus_per_node: int = 1
     idle_s: float = 5.0  # a node without work goes after this long
 
 
@@ -197,7 +198,7 @@ def _environment(inherited: Mapping[str, str], *, autoscaling: bool) -> dict[str
 
 def _autoscaler_config(gcs_address: str, num_cpus: int, num_gpus: int, nodes: NodeScaling) -> dict[str, Any]:
     """What the missing example.yaml would say."""
-    worker = {"CPU": nodes.cpus_per_node, "GPU": 1, "object_store_memory": _OBJECT_STORE_BYTES}
+    worker = {"CPU": nodes.cpus_per_node, "GPU": nodes.gpus_per_node, "object_store_memory": _OBJECT_STORE_BYTES}
     return {
         "cluster_name": "expertmesh",
         "max_workers": nodes.max_nodes,

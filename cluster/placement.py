@@ -63,6 +63,7 @@ class Placement:
         self._news = asyncio.Event()  # replaced at every change: what long polls wait for
         self._replan = asyncio.Event()
         self._probing: set[str] = set()
+        self._looked_s = time.monotonic()  # when liveness was last judged
         self._planning = asyncio.get_running_loop().create_task(self._plan_forever())
 
     # ------------------------------------------------------------------ expert servers
@@ -228,8 +229,12 @@ class Placement:
             took_s = time.monotonic() - started_s
 
     async def _plan_once(self) -> None:
+        now_s = time.monotonic()
+        late, self._looked_s = now_s - self._looked_s > self._knobs.dead_after_s / 2, now_s
+        if late:  # it was this process that stood still: the reports of the others wait to be read
+            return
         with self._acting():
-            lost = self._fleet.expire(time.monotonic())
+            lost = self._fleet.expire(now_s)
         for server_id in lost:
             self._beats.pop(server_id, None)
             self._note("server_lost", f"{server_id}: silent for {self._knobs.dead_after_s} s")

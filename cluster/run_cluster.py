@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import serve
 
 from cluster import standing
 from cluster.app import remove, status
@@ -69,6 +70,9 @@ def up(
     local: LocalRay | None = None
     if address is not None:
         connect(address)  # before anything is remembered: there is nothing to stop if this fails
+        address = ray.get_runtime_context().gcs_address  # "auto" may be another Ray by the time of `down`
+        if config.name in serve.status().applications:
+            raise InvalidRequest(f"Ray {address} has a Serve application named {config.name!r} already")
     else:
         for port in filter(None, (config.router.port, config.router.http_port)):
             require_free_port(config.router.host, port)
@@ -76,7 +80,12 @@ def up(
         local = _start_ray(config)
         address = local.address
     mine = Standing(name=config.name, address=address, local_ray=local, started_by=os.getpid())
-    standing.save(mine, folder)
+    try:
+        standing.save(mine, folder)
+    except BaseException:
+        if local is not None:
+            local.stop()
+        raise
     try:
         if local is not None:
             connect(address)
@@ -112,11 +121,7 @@ def find_status(folder: Path) -> dict[str, Any]:
 
 
 def down(folder: Path) -> str:
-    """Stop what `up` deployed, and the Ray it started; returns a line that says what that was.
-
-    Raises:
-        Unavailable: the Ray that `up` found does not answer, so that the application cannot be deleted.
-    """
+    """Stop what `up` deployed, and the Ray it started; returns a line that says what that was."""
     current = standing.load(folder)
     if current is None:
         return "no cluster is up"
@@ -126,10 +131,13 @@ def down(folder: Path) -> str:
         current.local_ray.stop()
         stopped = f"stopped {current.name} and its local Ray {current.address}"
     else:
-        if not ray.is_initialized():
-            connect(current.address)
-        remove(current.name)
-        stopped = f"removed {current.name} from Ray {current.address}"
+        try:
+            if not ray.is_initialized():
+                connect(current.address)
+            remove(current.name)
+            stopped = f"removed {current.name} from Ray {current.address}"
+        except Unavailable as err:  # gone, and the cluster with it: do not stand in the way of the next `up`
+            stopped = f"{err.message}: forgot {current.name}"
     standing.forget(folder)
     return stopped
 
@@ -149,5 +157,6 @@ def _start_ray(config: ClusterConfig) -> LocalRay:
             min_nodes=math.ceil(pool.min_servers / pool.max_servers_per_node),
             max_nodes=math.ceil(pool.max_servers / pool.max_servers_per_node),
             cpus_per_node=max(1, math.ceil(pool.max_servers_per_node * pool.num_cpus)),
+            gpus_per_node=max(1, math.ceil(pool.max_servers_per_node * pool.num_gpus)),
         ),
     )

@@ -304,7 +304,7 @@ class Exchange:
                 self._full.clear()
                 self._retry_after_s = 0.0
                 self._retry(np.sort(np.concatenate(ready)))
-        if not self._in_flight and self._wave < self._decision.num_waves - 1:
+        while not self._in_flight and self._wave < self._decision.num_waves - 1:
             self._wave += 1
             self._send(self._wave_pairs(self._wave))
 

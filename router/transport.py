@@ -309,7 +309,10 @@ class Transport:
     async def _watch_silence(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            looked_s = loop.time()
             await asyncio.sleep(WATCH_S)
+            if loop.time() - looked_s > self._hop_timeout_s / 2:
+                continue  # it was this process that stood still: what the servers said waits to be read
             for link in [*self.links.values(), *self._leaving]:
                 link.check_silence(loop.time())
 
