@@ -103,6 +103,24 @@ async def measure(cluster: Cluster, repeat: int) -> dict[str, list[float]]:
     return times
 
 
+def measure_on_ray(folder: Path, repeat: int) -> dict[str, list[float]]:
+    """Deploy on the Ray of this process and measure."""
+    with deployed(
+        tiny_model("mixtral", folder / "m"),
+        name="step",
+        router={"http_port": 8271, "settings": {"compute_threads": 1}},
+        experts={
+            "min_servers": MIN_SERVERS,
+            "max_servers": MIN_SERVERS + 1,
+            "num_gpus": 1,
+            "num_cpus": 0.2,
+            "settings": {"compute_dtype": "float32", "compute_threads": 1, "emulated_tokens_per_s": 500},
+        },
+        scaling={"downscale_delay_s": 3.0},
+    ) as cluster:
+        return asyncio.run(measure(cluster, repeat))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5)
@@ -110,22 +128,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, local_ray(num_cpus=8, num_gpus=4) as started:
         connect(started.address)
-        with deployed(
-            tiny_model("mixtral", Path(folder) / "m"),
-            name="step",
-            router={"http_port": 8271, "settings": {"compute_threads": 1}},
-            experts={
-                "min_servers": MIN_SERVERS,
-                "max_servers": MIN_SERVERS + 1,
-                "num_gpus": 1,
-                "num_cpus": 0.2,
-                "settings": {"compute_dtype": "float32", "compute_threads": 1, "emulated_tokens_per_s": 500},
-            },
-            scaling={"downscale_delay_s": 3.0},
-        ) as cluster:
-            times = asyncio.run(measure(cluster, args.repeat))
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        try:
+            times = measure_on_ray(Path(folder), args.repeat)
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
     result = {
         "target_s": {"copy_s": 1.5, "server_s": 4.0},
         "median_s": {name: round(statistics.median(values), 3) for name, values in times.items()},
