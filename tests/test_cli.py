@@ -100,9 +100,9 @@ def test_layer_writes_the_block_s_output_and_its_routing(model: Path, states: Pa
     expert_TK, weight_TK = as_tensors(routing)
     arrays = load_file(output)
     assert set(arrays) == {"output", "expert_ids", "gate_weights"}
-    assert torch.equal(arrays["output"], expected_TD)
+    torch.testing.assert_close(arrays["output"], expected_TD, rtol=1e-5, atol=1e-6)  # threads change the last bits
     assert torch.equal(arrays["expert_ids"], expert_TK)
-    assert torch.equal(arrays["gate_weights"], weight_TK)
+    torch.testing.assert_close(arrays["gate_weights"], weight_TK, rtol=1e-6, atol=1e-7)
 
 
 def test_layer_through_a_router_splits_what_is_above_its_limit(
