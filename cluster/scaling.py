@@ -76,10 +76,10 @@ class Scaling:
         """The number of servers to have from now on."""
         if self._since_s is None:
             self._since_s = now_s
-        memory = math.ceil(pool.needed_bytes / pool.budget_bytes) if pool.budget_bytes else 0
+        memory = math.ceil(min(pool.needed_bytes / pool.budget_bytes, self._max)) if pool.budget_bytes else 0
         floor = max(self._min, memory)
         work = sum(load.busy_share + load.backlog_s / self._drain_backlog_s for load in pool.loads)
-        need = self._bound(max(math.ceil(work / self._target_busy - 1e-9), floor))
+        need = self._bound(max(math.ceil(min(work / self._target_busy, self._max) - 1e-9), floor))
 
         while self._needs and self._needs[-1][1] <= need:
             self._needs.pop()
