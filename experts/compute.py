@@ -86,7 +86,7 @@ def choose_compute_dtype(
     """The dtype of the expert GEMMs.
 
     `auto` keeps fp32 checkpoints in fp32. For 16-bit checkpoints on a CPU it times one expert in both dtypes on
-    `rows` rows and takes the faster: without AMX or AVX512-BF16, bf16 GEMMs are 3-4 times slower than fp32.
+    `rows` rows and takes the faster: without AMX or AVX512-BF16, bf16 GEMMs are much slower than fp32 ones.
 
     Args:
         wanted: "auto", "float32" or "bfloat16".

@@ -16,7 +16,7 @@ from router.shared import SharedExpert
 from router.snapshot import PlacementSnapshot
 from router.transport import Transport
 
-# A thread hand-over costs about 0.1 ms: work below this many multiply-adds (about 2 ms on one core) stays on the loop.
+# Work below this many multiply-adds (some milliseconds on one core) stays on the loop: a thread costs two hand-overs.
 OFFLOAD_FLOPS = 100_000_000
 
 R = TypeVar("R")

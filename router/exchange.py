@@ -135,9 +135,7 @@ class Exchange:
             return
         self._table = table = self._context.snapshot.current  # always the newest: only calls in flight hold an epoch
         links = self._context.transport.links
-        in_flight = [
-            links[server.server_id].tokens_in_flight if server.server_id in links else 0 for server in table.servers
-        ]
+        in_flight = [links[server.server_id].tokens_in_flight for server in table.servers]  # made before the table
         plan = plan_dispatch(
             self._decision.expert_TK,
             self._weight_TK,
@@ -151,7 +149,7 @@ class Exchange:
         max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._batch.x_TD))
         timeout_s = self._deadline_s() - time.monotonic()
         for dispatch in plan.dispatches:
-            link = links[table.servers[dispatch.server].server_id]  # a table's links are made before it is adopted
+            link = links[table.servers[dispatch.server].server_id]
             for block in split_rows(dispatch, max_rows):
                 self._send_block(block, link, timeout_s)
         if len(plan.unplaced_P):
