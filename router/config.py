@@ -129,7 +129,7 @@ class RouterConfig(BaseModel):
     chunk_bytes: int = Field(
         default=1 << 20,
         gt=0,
-        description="bytes of hidden states per message: chunks travel and compute in a pipeline, one large message cannot",
+        description="bytes of hidden states per message: chunks travel while others compute, one large message cannot",
     )
     partial_dtype: Literal["float32", "model"] = Field(
         default="float32", description="dtype of partial sums on the wire; model halves the bytes, adds a rounding"
