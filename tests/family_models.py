@@ -1,0 +1,109 @@
+"""A tiny random model of every MoE family of transformers, written as users have it, with its own blocks as oracle."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from tests.family_blocks import find_blocks, run_block
+from tests.family_cases import CASES, FamilyCase, tiny_config
+from tests.family_weights import randomise
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+FAMILIES: tuple[str, ...] = tuple(CASES)
+
+_AUTO = ("IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "CAUSAL_LM", "TOKEN_CLASSIFICATION")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyModel:
+    """One case as transformers holds it: `layers` are the MoE blocks inside `model`, by layer name."""
+
+    name: str
+    path: Path
+    model: nn.Module
+    layers: dict[str, nn.Module]
+
+
+def build_family(
+    name: str,
+    path: Path,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    memory_layout: bool = False,
+    sharded: bool = False,
+) -> FamilyModel:
+    """Build the case `name` with random weights and write it to `path` as config.json and safetensors.
+
+    Args:
+        name: one of FAMILIES.
+        path: the directory; created if absent.
+        dtype: of the weights; what the family keeps in float32 (selection biases first of all) stays float32.
+        seed: of the weights.
+        memory_layout: write the names and shapes of transformers' memory instead of the hub's.
+        sharded: several files and an index instead of one file.
+    """
+    case = CASES[name]
+    model = _random_model(case, getattr(torch, dtype), seed)
+    model.save_pretrained(path, max_shard_size="100KB" if sharded else "5GB", save_original_format=not memory_layout)
+    return FamilyModel(name=name, path=path, model=model, layers=find_blocks(model))
+
+
+def block_output(fm: FamilyModel, layer: str, x_TD: Tensor, token_ids_T: Tensor | None = None) -> Tensor:
+    """What the block class returns for x_TD: routed and shared experts, [T, D]."""
+    return run_block(fm.layers[layer], x_TD, token_ids_T)[0]
+
+
+def block_routing(
+    fm: FamilyModel, layer: str, x_TD: Tensor, token_ids_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The experts [T, K] (int64) and the weights [T, K] with which the block multiplies their outputs."""
+    _, expert_TK, weight_TK = run_block(fm.layers[layer], x_TD, token_ids_T)
+    return expert_TK, weight_TK
+
+
+def model_class(config: transformers.PreTrainedConfig) -> Any:
+    """The class of users' checkpoints: the composite model where the family has one."""
+    for kind in _AUTO:
+        names: dict[str, str] = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")
+        if config.model_type in names:
+            return getattr(transformers, names[config.model_type])
+    raise LookupError(config.model_type)
+
+
+def _random_model(case: FamilyCase, dtype: torch.dtype, seed: int) -> transformers.PreTrainedModel:
+    config = tiny_config(case)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: transformers.PreTrainedModel = model_class(config)._from_config(
+            config, dtype=torch.float32, experts_implementation="eager"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for block in find_blocks(model).values():
+        randomise(block, router_std=case.router_std, generator=generator)
+    _cast(model, dtype)
+    model.train(False).requires_grad_(False)
+    return model
+
+
+def _cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
+    """As from_pretrained does: everything to `dtype` but for what the family keeps in float32."""
+    kept, saved = model._get_dtype_plan(dtype), model.state_dict().keys()
+    full = {
+        name: tensor.data.clone()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if name not in saved or any(pattern in name for pattern in kept)
+    }
+    nn.Module.to(model, dtype)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in full:
+            tensor.data = full[name]
+    model.config.dtype = dtype
