@@ -84,26 +84,14 @@ def _random_model(case: FamilyCase, dtype: torch.dtype, seed: int) -> transforme
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: transformers.PreTrainedModel = model_class(config)._from_config(
-            config, dtype=torch.float32, experts_implementation="eager"
+            config, dtype=dtype, experts_implementation="eager"
         )
+    kept = model._get_dtype_plan(dtype)  # what from_pretrained holds in float32 whatever the dtype
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(pattern in name for pattern in kept):
+            tensor.data = tensor.data.float()
     generator = torch.Generator().manual_seed(seed)
     for block in find_blocks(model).values():
         randomise(block, router_std=case.router_std, generator=generator)
-    _cast(model, dtype)
     model.train(False).requires_grad_(False)
     return model
-
-
-def _cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
-    """As from_pretrained does: everything to `dtype` but for what the family keeps in float32."""
-    kept, saved = model._get_dtype_plan(dtype), model.state_dict().keys()
-    full = {
-        name: tensor.data.clone()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if name not in saved or any(pattern in name for pattern in kept)
-    }
-    nn.Module.to(model, dtype)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in full:
-            tensor.data = full[name]
-    model.config.dtype = dtype
