@@ -1,106 +1,15 @@
-"""The MoE families of transformers as tiny configurations: what each test case overrides in its family's config.
+"""The MoE families of transformers as test cases: what each overrides in its family's tiny config.
 
-A case is a hub-style config: the sizes of TEXT (and VISION for the other towers of composite models) replace the
-family's own wherever its config class has the key, then come the case's overrides. D=64, expert width 48, 8 experts (16
-in 4 groups where the family knows groups), 3 layers, the first one dense where the family can. Options that change the
-result sit at values where they do: limits and soft-caps bite, scales differ from 1. No two of D, expert width and its
-double are equal: a transposed matrix shows in its shape.
-
-All 72 families of transformers 5.23 are here except two: doge (product keys over rank-1 experts: no expert to place)
-and zaya (a router whose state passes from layer to layer).
+A name is a model_type (inkling and nllb_moe: their usual names), or one with a variant for options that the first case
+leaves idle. All 72 families of transformers 5.23 are here except two: doge (product keys over rank-1 experts: no expert
+to place) and zaya (a router whose state passes from layer to layer).
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from tests.family_configs import DIM, EXPERT_WIDTH
 
-DIM, EXPERT_WIDTH, NUM_LAYERS = 64, 48, 3
-
-TEXT: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": DIM,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 80,
-    "moe_intermediate_size": EXPERT_WIDTH,
-    "shared_expert_intermediate_size": 40,
-    "num_local_experts": 8,
-    "num_experts": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_experts_per_token": 2,
-    "first_k_dense_replace": 1,
-    "mlp_layer_types": ["dense", "sparse", "sparse"],
-    "routed_scaling_factor": 1.5,
-    "swiglu_limit": 0.5,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "index_topk": 4,
-    "index_head_dim": 16,
-    "index_n_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_head_dim": 16,
-    "linear_num_heads": 4,
-    "share_expert_dim": 40,
-    "shared_intermediate_size": 40,
-    "route_scale": 1.5,
-    "router_scaling_factor": 1.5,
-    "moe_router_scaling_factor": 1.5,
-    "moe_routed_scaling_factor": 1.5,
-    "sliding_window": 8,
-}
-_GROUPED: dict[str, Any] = {
-    "n_routed_experts": 16,
-    "num_local_experts": 16,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "num_experts_per_token": 4,
-    "n_group": 4,
-    "num_expert_group": 4,
-    "topk_group": 2,
-}
-VISION: dict[str, Any] = {
-    "depth": 1,
-    "num_hidden_layers": 1,
-    "encoder_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "out_hidden_size": DIM,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
-    "d_model": 32,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "text_hidden_size": DIM,
-    "output_channels": 8,
-    "downsample_channels": [8, 8],
-    "mlp_dim": 32,
-    "image_size": 64,
-    "vision_output_dim": 32,
-    "projector_input_dim": 32,
-    "projector_output_dim": 32,
-    "moe_intermediate_size": EXPERT_WIDTH,
-    "per_layer_config": {},
-    "mlp_layer_types": ["dense"],
-}
 _SIGMOID_STD = 0.2  # wider, and every score saturates at 1
 _EXPERT_WIDTH: dict[str, Any] = {"intermediate_size": EXPERT_WIDTH}
 
@@ -405,7 +314,11 @@ CASES: dict[str, FamilyCase] = {
         router_std=_SIGMOID_STD,
         config={"vision_config": {"patch_size": 2, "n_layers": 4}},
     ),
-    "inkling2": FamilyCase(model_type="inkling2", router_std=_SIGMOID_STD),
+    "inkling2": FamilyCase(
+        model_type="inkling2",
+        router_std=_SIGMOID_STD,
+        config={"text_config": {"mlp_gate_softcap": 1.0, "mlp_up_softcap": 1.5}},
+    ),
     "jetmoe": FamilyCase(model_type="jetmoe", config=_EXPERT_WIDTH | {"kv_channels": 16}),
     "kimi_linear": FamilyCase(model_type="kimi_linear", router_std=_SIGMOID_STD),
     "kolibri1": FamilyCase(model_type="kolibri1", router_std=_SIGMOID_STD, config={"norm_topk_prob": True}),
@@ -432,26 +345,3 @@ CASES: dict[str, FamilyCase] = {
     ),
     "solar_open": FamilyCase(model_type="solar_open", router_std=_SIGMOID_STD),
 }
-
-
-def tiny_config(case: FamilyCase) -> PreTrainedConfig:
-    """The case's config: the family's own, with tiny sizes and the case's overrides."""
-    return _shrink(AutoConfig.for_model(case.model_type), TEXT, case.config)
-
-
-def _shrink(default: PreTrainedConfig, sizes: dict[str, Any], overrides: dict[str, Any]) -> PreTrainedConfig:
-    config_class = type(default)
-    known = {f.name for f in dataclasses.fields(config_class)}
-    if sizes is TEXT and known & {"n_group", "num_expert_group"}:
-        sizes = sizes | _GROUPED
-    values = {key: value for key, value in sizes.items() if key in known}
-    if "kv_lora_rank" in known:
-        values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no groups
-    nested = {key: getattr(default, key, None) for key in config_class.sub_configs}
-    for key, value in nested.items():
-        if isinstance(value, PreTrainedConfig):
-            tower = TEXT if key in ("text_config", "thinker_config", "talker_config") else VISION
-            values[key] = _shrink(value, tower, overrides.get(key, {})).to_dict()
-    return config_class(
-        **values | {key: value for key, value in overrides.items() if key not in values.keys() & nested}
-    )

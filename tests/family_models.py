@@ -1,6 +1,5 @@
 """A tiny random model of every MoE family of transformers, written as users have it, with its own blocks as oracle."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from tests.family_blocks import find_blocks, run_block
-from tests.family_cases import CASES, FamilyCase, tiny_config
+from tests.family_cases import CASES, FamilyCase
+from tests.family_configs import tiny_config
+from tests.family_hub import to_hub
 from tests.family_weights import randomise
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 FAMILIES: tuple[str, ...] = tuple(CASES)
@@ -53,19 +53,37 @@ def build_family(
     """
     case = CASES[name]
     model = _random_model(case, getattr(torch, dtype), seed)
-    model.save_pretrained(path, max_shard_size="100KB" if sharded else "5GB", save_original_format=not memory_layout)
+    shard = "100KB" if sharded else "5GB"
+    model.save_pretrained(path, max_shard_size=shard, save_original_format=not memory_layout)
+    if not memory_layout:
+        to_hub(path, case.model_type, max_shard_size=shard)
     return FamilyModel(name=name, path=path, model=model, layers=find_blocks(model))
 
 
 def block_output(fm: FamilyModel, layer: str, x_TD: Tensor, token_ids_T: Tensor | None = None) -> Tensor:
-    """What the block class returns for x_TD: routed and shared experts, [T, D]."""
+    """What transformers' block returns for x_TD [T, D], taken as one sequence: routed and shared experts.
+
+    Not in it, for the decoder layer adds them outside the block: shared_mlp of granitemoeshared, granitemoehybrid and
+    granitemoe_swa, the dense MLPs of longcat_flash, and what tests/family_blocks.py says of Gemma. nllb_moe gives the
+    sum that its paper defines instead of what transformers 5.23 computes.
+
+    Args:
+        fm: from build_family.
+        layer: a key of fm.layers.
+        x_TD: in the dtype of the model.
+        token_ids_T: int64, for hash layers (deepseek_v4:hash); ignored by all others.
+    """
     return run_block(fm.layers[layer], x_TD, token_ids_T)[0]
 
 
 def block_routing(
     fm: FamilyModel, layer: str, x_TD: Tensor, token_ids_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The experts [T, K] (int64) and the weights [T, K] with which the block multiplies their outputs."""
+    """The experts [T, K] (int64; -1: dropped, weight 0) and the weights [T, K] that the block hands to its experts.
+
+    They multiply the experts' outputs (llama4: inputs). Ids past the last expert are longcat_flash's identities.
+    Arguments as of block_output.
+    """
     _, expert_TK, weight_TK = run_block(fm.layers[layer], x_TD, token_ids_T)
     return expert_TK, weight_TK
 
@@ -80,7 +98,7 @@ def model_class(config: transformers.PreTrainedConfig) -> Any:
 
 
 def _random_model(case: FamilyCase, dtype: torch.dtype, seed: int) -> transformers.PreTrainedModel:
-    config = tiny_config(case)
+    config = tiny_config(case.model_type, case.config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: transformers.PreTrainedModel = model_class(config)._from_config(
