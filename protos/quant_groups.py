@@ -35,7 +35,7 @@ def read_groups(options: Options) -> tuple[WeightFormat | None, list[Rule]]:
         options.one_of(key, ({},), default={})
     options.ignore({"global_compression_ratio", "kv_cache_scheme", "version", "run_compressed", "dequantize"})
     options.ignore({"use_optimized_inference"})
-    formats: dict[str, WeightFormat] = {}
+    formats: dict[str, WeightFormat | None] = {}
     for _, scheme in options.section("config_groups").sections():
         format = _read_scheme(scheme, outer=options)
         for target in _targets(scheme, "targets"):
@@ -51,7 +51,8 @@ def read_groups(options: Options) -> tuple[WeightFormat | None, list[Rule]]:
     return default, rules
 
 
-def _read_scheme(scheme: Options, *, outer: Options) -> WeightFormat:
+def _read_scheme(scheme: Options, *, outer: Options) -> WeightFormat | None:
+    """The format of a group's weights; None: only its activations are quantised."""
     if scheme.value("format") is not None:
         stored = scheme.one_of("format", _FORMATS)
     else:
@@ -60,6 +61,8 @@ def _read_scheme(scheme: Options, *, outer: Options) -> WeightFormat:
     scheme.ignore({"input_activations"})
     if scheme.value("output_activations") is not None:
         raise scheme.refusal("output_activations", "null")
+    if scheme.value("weights") is None:
+        return None
     weights = scheme.section("weights")
     weights.one_of("dynamic", (False,), default=False)
     if weights.value("actorder") not in (None, False):  # "group" needs a weight_g_idx; "static" is another "weight"
@@ -101,7 +104,7 @@ def _strategy(weights: Options, supported: tuple[str, ...]) -> str:
     group_size = weights.value("group_size")
     implied = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
     if weights.value("strategy") is None and implied not in supported:
-        raise weights.refusal("strategy", ", ".join(supported))
+        raise weights.refusal("strategy", ", ".join(map(repr, supported)))
     return weights.one_of("strategy", supported, default=implied)
 
 

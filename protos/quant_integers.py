@@ -250,7 +250,7 @@ def _dequantise(
             subtract_blocks(out, zero_RG[chunk], group)
             multiply_blocks(out, scale_RG[chunk], group)
         else:
-            out.sub_(zero_RG[chunk][:, group]).mul_(scale_RG[chunk][:, group])
+            out.sub_(zero_RG[chunk].index_select(1, group)).mul_(scale_RG[chunk].index_select(1, group))
     if scale_RG.abs().amax().item() * 255 > torch.finfo(torch.float32).max:
         raise CorruptWeights(f"{name}: weights times scales exceed float32")
     return out_RC
