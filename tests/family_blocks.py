@@ -58,7 +58,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         name = tower + match.group(1)
         assert name not in found, f"{path}: a second block of layer {name}"
         block = model.get_submodule(path)
-        found[name] = GemmaMoE(block) if type(block).__name__.endswith("DecoderLayer") else block
+        found[name] = GemmaMoE(block) if hasattr(block, "self_attn") else block
     return found
 
 

@@ -91,6 +91,12 @@ def test_from_pretrained_reads_the_same_model_back(name: str, dtype: str, sharde
         torch.testing.assert_close(block_output(again, layer, x_TD, ids_T), expected_TD, rtol=0, atol=1e-6)
 
 
+def test_only_gemma_layers_stand_in_for_blocks(tmp_path: Path) -> None:
+    aria, gemma = (build_family(name, tmp_path / name) for name in ("aria", "diffusion_gemma"))
+    assert {type(block).__name__ for block in aria.layers.values()} == {"AriaTextMoELayer"}
+    assert {type(block).__name__ for block in gemma.layers.values()} == {"GemmaMoE"}
+
+
 def test_a_seed_fixes_the_weights(tmp_path: Path) -> None:
     first, same, other = (
         tensors(build_family("deepseek_v4:hash", tmp_path / run, seed=seed).path)
