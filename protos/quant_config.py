@@ -78,7 +78,7 @@ def _read_fp8(options: Options) -> _Read:
     options.one_of("scale_fmt", ("float", "ue8m0"), default="float")  # the file says which, in the scales' dtype
     expert_dtype = options.one_of("expert_dtype", ("fp8", "fp4"), default="fp8")
     options.ignore(_NO_WEIGHT_DEPENDS_ON | {"modules_to_convert"})  # these are embeddings
-    experts = [Rule(_EXPERTS, Fp4Blocks())] if expert_dtype == "fp4" else []
+    experts = [Rule(Fp4Blocks(), pattern=_EXPERTS)] if expert_dtype == "fp4" else []
     if options.is_null("weight_block_size"):
         default = Fp8Blocks(block=(0, 0))
     else:
@@ -97,7 +97,7 @@ def _read_mxfp8(options: Options) -> _Read:
 
 def _read_mxfp4(options: Options) -> _Read:
     options.ignore(_NO_WEIGHT_DEPENDS_ON)
-    return None, [*_unconverted(options, "modules_to_not_convert"), Rule(_EXPERTS, Mxfp4())]
+    return None, [*_unconverted(options, "modules_to_not_convert"), Rule(Mxfp4(), pattern=_EXPERTS)]
 
 
 def _read_gptq(options: Options) -> _Read:
@@ -127,7 +127,7 @@ def _read_gptq(options: Options) -> _Read:
     rules = _unconverted(options, "modules_to_not_convert") + _dynamic(options, lambda section: read(section, default))
     options.ignore(_NO_WEIGHT_DEPENDS_ON)
     if listed := options.names("modules_in_block_to_quantize"):
-        return None, [*rules, Rule(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, listed))})$", default)]
+        return None, [*rules, Rule(default, pattern=rf"(?:.*\.)?(?:{'|'.join(map(re.escape, listed))})$")]
     return default, rules
 
 
@@ -160,7 +160,7 @@ def _dynamic(options: Options, read: Callable[[Options], WeightFormat]) -> list[
         format = None if key.startswith("-:") else read(section)
         section.ignore(_NO_WEIGHT_DEPENDS_ON)
         section.refuse_unknown()
-        rules += options.rules("dynamic", [re.sub(r"^[-+]:", "", key)], format)
+        rules.append(Rule(format, pattern=options.expression("dynamic", re.sub(r"^[-+]:", "", key))))
     return rules
 
 
@@ -174,7 +174,9 @@ def _unconverted(options: Options, *keys: str) -> list[Rule]:
         if set(other) != set(names[0][1]):
             raise options.refusal(key, f"the names in {names[0][0]}")
     key, first = names[0]
-    return options.rules(key, [rf"(?:{name})(?:(?<=\.)|(?=\.|$))|.*{re.escape(name)}$" for name in first], None)
+    plain = frozenset(name for name in first if re.fullmatch(r"(?:[\w-]+\.)*[\w-]+", name))
+    expressions = [options.expression(key, rf"(?:{name})(?:(?<=\.)|(?=\.|$))") for name in first if name not in plain]
+    return [Rule(None, beginnings=plain, endings=first), *(Rule(None, pattern=one) for one in expressions)]
 
 
 _METHODS: dict[str, Callable[[Options], _Read]] = {

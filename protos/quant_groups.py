@@ -118,10 +118,9 @@ def _targets(options: Options, key: str) -> tuple[str, ...]:
 
 
 def _rules(options: Options, key: str, targets: tuple[str, ...], format: WeightFormat | None) -> list[Rule]:
-    patterns = [
-        "" if target == _ALL_LINEAR
-        else target.removeprefix(_EXPRESSION) if target.startswith(_EXPRESSION)
-        else rf"{re.escape(target)}$"
-        for target in targets
-    ]  # fmt: skip
-    return options.rules(key, patterns, format)
+    expressions = [target.removeprefix(_EXPRESSION) for target in targets if target.startswith(_EXPRESSION)]
+    patterns = [options.expression(key, expression) for expression in expressions]
+    if _ALL_LINEAR in targets:
+        patterns.append("")
+    names = frozenset(target for target in targets if not target.startswith(_EXPRESSION))
+    return [Rule(format, names=names), *(Rule(format, pattern=pattern) for pattern in patterns)]

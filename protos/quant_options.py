@@ -1,7 +1,4 @@
-"""One JSON object of options: reading them one by one, and refusing what nobody has read.
-
-The lists of modules that quantisation configs carry are here too, because every method has one, in two dialects.
-"""
+"""One JSON object of options: reading them one by one, and refusing what nobody has read."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from protos.errors import UnsupportedModel
-from protos.quantised import Rule, WeightFormat
 
 _T = TypeVar("_T")
 
@@ -86,19 +82,13 @@ class Options:
         """Understand `keys` without looking at them: no weight depends on them."""
         self._known.update(keys)
 
-    def rules(self, key: str, patterns: Iterable[str], format: WeightFormat | None) -> list[Rule]:
-        """Rules for modules that match any of these regular expressions, which come from `key`."""
-        patterns = list(patterns)
-        compiled = []
-        for pattern in patterns:
-            try:
-                compiled.append(re.compile(pattern))
-            except re.error as err:
-                raise self.refusal(key, f"regular expressions; {err} in {pattern!r}") from err
-        # one expression is ten times faster than a hundred; groups and flags would change their meaning in it
-        if patterns and all(one.groups == 0 and one.flags == re.UNICODE for one in compiled):
-            return [Rule("|".join(f"(?:{pattern})" for pattern in patterns), format)]
-        return [Rule(pattern, format) for pattern in patterns]
+    def expression(self, key: str, pattern: str) -> str:
+        """A regular expression that comes from `key`, if it is one."""
+        try:
+            re.compile(pattern)
+        except re.error as err:
+            raise self.refusal(key, f"regular expressions; {err} in {pattern!r}") from err
+        return pattern
 
     def refusal(self, key: str, supported: str) -> UnsupportedModel:
         """The error that refuses the value of `key`."""

@@ -120,10 +120,26 @@ class WeightFormat(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Modules whose full name matches `pattern` (`re.match`) are stored in `format`; None: not quantised."""
+    """Some modules, by their full names, are stored in `format`; None: not quantised.
 
-    pattern: str
+    pattern: an expression that matches from the name's beginning (`re.match`).
+    names, beginnings, endings: these names; those that start so, up to a dot or their end; those that end so. They are
+        here beside `pattern` because configs list hundreds, and models have tens of thousands of modules.
+    """
+
     format: WeightFormat | None
+    pattern: str | None = None
+    names: frozenset[str] = frozenset()
+    beginnings: frozenset[str] = frozenset()
+    endings: tuple[str, ...] = ()
+
+    def matches(self, module: str) -> bool:
+        """Whether the rule is about this module."""
+        if module in self.names or module in self.beginnings or module.endswith(self.endings):
+            return True
+        if self.beginnings and any(module[:at] in self.beginnings for at, letter in enumerate(module) if letter == "."):
+            return True
+        return self.pattern is not None and re.match(self.pattern, module) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +156,7 @@ class Quantisation:
         For stacked experts, ask for what their tensors' names have in common: "model.layers.3.mlp.experts".
         """
         for rule in self.rules:
-            if re.match(rule.pattern, module):
+            if rule.matches(module):
                 return rule.format
         return self.default
 

@@ -251,6 +251,7 @@ NAMES = (
     [
         ["lm_head"],
         ["gate"],
+        ["model.layers."],
         ["model.layers.3"],
         ["model.layers.3.mlp.gate", "lm_head"],
         ["model.layers.*.self_attn", "mlp.experts"],
@@ -268,9 +269,11 @@ def test_modules_to_not_convert_mean_what_transformers_takes_them_for(skipped: l
         assert quantisation.is_converted(name) == should_convert_module(name, skipped), name
 
 
-def test_a_long_list_of_modules_is_one_expression() -> None:
+def test_a_long_list_of_modules_costs_no_expressions() -> None:
     skipped = [f"model.layers.{layer}.mlp.gate" for layer in range(61)]
-    assert len(read({**FP8, "modules_to_not_convert": skipped}).rules) == 1
+    for rules in (read({**FP8, "modules_to_not_convert": skipped}).rules, read({**CHANNELS, "ignore": skipped}).rules):
+        (rule,) = rules
+        assert rule.pattern is None
 
 
 def test_compressed_tensors_ignores_names_and_expressions() -> None:
@@ -295,6 +298,12 @@ def test_groups_of_compressed_tensors_have_formats_of_their_own() -> None:
     assert quantisation.format_of(GATE) is None
     assert quantisation.format_of(EXPERT.replace("7", "8")) == PackedIntegers(bits=4, group_size=32, symmetric=True)
     assert quantisation.format_of(EXPERT) == PackedIntegers(bits=8, group_size=32, symmetric=True)
+
+
+def test_a_group_may_target_linear_layers_beside_names_and_ignore_all_of_them() -> None:
+    options = changed(CHANNELS, "config_groups.group_0.targets", ["Linear", EXPERT])
+    assert read(options).format_of(ATTENTION) == Fp8Blocks(block=(1, 0))
+    assert not read({**options, "ignore": ["Linear"]}).is_converted(EXPERT)
 
 
 def test_modules_that_no_group_targets_are_not_converted() -> None:

@@ -489,7 +489,9 @@ def test_every_dtype_that_a_format_expects_can_be_read() -> None:
 
 # ---- which module is stored how
 
-RULES = Quantisation(method="fp8", rules=(Rule(r".*gate$", None), Rule(r".*experts\.", Fp4Blocks())), default=BLOCKS)
+RULES = Quantisation(
+    method="fp8", rules=(Rule(None, pattern=r".*gate$"), Rule(Fp4Blocks(), pattern=r".*experts\.")), default=BLOCKS
+)
 
 
 def test_the_first_rule_that_matches_decides_and_the_default_is_for_the_rest() -> None:
@@ -499,6 +501,16 @@ def test_the_first_rule_that_matches_decides_and_the_default_is_for_the_rest() -
     assert not RULES.is_converted("model.layers.0.mlp.experts.0.gate")
     assert RULES.is_converted("model.layers.0.mlp.up_proj")
     assert RULES.formats == (Fp4Blocks(), BLOCKS)
+
+
+def test_a_rule_goes_by_expressions_names_beginnings_and_endings() -> None:
+    beginnings = frozenset({"model.layers.1"})
+    rule = Rule(None, pattern=r"mlp\.\d", names=frozenset({"a.b"}), beginnings=beginnings, endings=("gate", "head"))
+    for name in ("a.b", "mlp.3.x", "model.layers.1", "model.layers.1.mlp", "mlp.gate", "lm_head"):
+        assert rule.matches(name), name
+    for name in ("a", "a.b.c", "x.mlp.3", "model.layers.11", "model.layers", "mlp.gate_proj"):
+        assert not rule.matches(name), name
+    assert not Rule(None).matches("mlp")
 
 
 def test_a_quantisation_travels_between_processes() -> None:
