@@ -134,7 +134,7 @@ async def run(rounds: int, with_ray: bool) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = make_model(folder / "m", dim=DIM, hidden_dim=HIDDEN_DIM, num_experts=NUM_EXPERTS, top_k=TOP_K)
         spec = read_model(model)
-        gate = Gate(spec.gate, Checkpoint(spec).gate(spec.layers[0]))
+        gate = Gate(spec.blocks[spec.layers[0]].gate, Checkpoint(spec).gate(spec.layers[0]))
         servers = [
             stack.enter_context(
                 child("-m", "experts", str(model), "--copies", f"*:{held[0]}-{held[-1]}", "--server-id", f"s{i}",

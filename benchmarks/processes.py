@@ -21,7 +21,7 @@ import uvloop
 from safetensors.torch import save_file
 
 from experts.compute import partial_sums
-from experts.weights import ExpertCopy
+from experts.weights import load_expert
 from protos.checkpoint import Checkpoint, read_model
 from protos.loops import keep_freed_memory
 from protos.services import CHANNEL_OPTIONS
@@ -111,10 +111,8 @@ def compute_main(model: Path, experts: list[int]) -> None:
     keep_freed_memory()  # as the expert servers do
     spec = read_model(model)
     checkpoint = Checkpoint(spec)
-    copies = {}
-    for expert in experts:
-        weights = checkpoint.expert(spec.layers[0], expert)
-        copies[expert] = ExpertCopy(w13_2FD=torch.cat((weights.gate_FD, weights.up_FD)), w2_DF=weights.down_DF)
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    copies = {expert: load_expert(checkpoint, spec.layers[0], expert, device=cpu, dtype=fp32) for expert in experts}
     print(json.dumps({"pid": os.getpid()}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)

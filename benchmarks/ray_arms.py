@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.local import connect, local_ray
 from experts.compute import partial_sums
-from experts.weights import ExpertCopy
+from experts.weights import load_expert
 from protos.checkpoint import Checkpoint, read_model
 from router.dispatch import plan_dispatch
 from router.gate import Gate
@@ -30,12 +30,10 @@ class Experts:
         torch.set_num_threads(1)
         spec = read_model(Path(model))
         checkpoint = Checkpoint(spec)
-        self._copies = {}
-        for expert in experts:
-            weights = checkpoint.expert(spec.layers[0], expert)
-            self._copies[expert] = ExpertCopy(
-                w13_2FD=torch.cat((weights.gate_FD, weights.up_FD)), w2_DF=weights.down_DF
-            )
+        cpu, fp32 = torch.device("cpu"), torch.float32
+        self._copies = {
+            expert: load_expert(checkpoint, spec.layers[0], expert, device=cpu, dtype=fp32) for expert in experts
+        }
 
     def compute(self, x_RD: Any, pair_row: Any, pair_expert: Any, pair_weight: Any) -> Any:
         """Partial sums as a numpy array [R, D]."""

@@ -92,7 +92,7 @@ class Checker:
         layer = self._layers.get(work.layer)
         if layer is None:
             layer = self._layers[work.layer] = LocalLayer(self._spec, work.layer)
-            self._gates[work.layer] = Gate(self._spec.gate, self._checkpoint.gate(work.layer))
+            self._gates[work.layer] = Gate(self._spec.blocks[work.layer].gate, self._checkpoint.gate(work.layer))
         reference_TD, _ = layer(work.x_TD, answer.routing)
         error = relative_error(answer.y_TD, reference_TD)
         where = f"layer {work.layer}, {len(work.x_TD)} tokens, epoch {answer.ledger.epoch}"

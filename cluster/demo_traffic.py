@@ -21,7 +21,7 @@ def hottest(states: Mapping[str, Tensor], spec: ModelSpec) -> list[Key]:
     checkpoint = Checkpoint(spec)
     counted: list[tuple[int, Key]] = []
     for layer, x_ND in states.items():
-        expert_NK = Gate(spec.gate, checkpoint.gate(layer))(x_ND).expert_TK
+        expert_NK = Gate(spec.blocks[layer].gate, checkpoint.gate(layer))(x_ND).expert_TK
         count_E = np.bincount(expert_NK.ravel(), minlength=spec.num_experts)
         counted.append((int(count_E.max()), (layer, int(count_E.argmax()))))
     return [key for _, key in sorted(counted, reverse=True)]

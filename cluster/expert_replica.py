@@ -50,8 +50,7 @@ class ExpertServerReplica:
         self._server = ExpertServer(self._spec, config.experts.settings, server_id=server_id)
         address = self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         report = self._server.report()
-        itemsize = {"float32": 4, "bfloat16": 2}[report.compute_dtype]
-        self._copy_bytes = self._spec.expert_params * itemsize
+        self._copy_bytes = self._server.copy_bytes
         self._hello = ServerHello(
             server_id=server_id,
             address=address,

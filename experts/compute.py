@@ -3,7 +3,8 @@
 The layout follows MegaBlocks' grouped GEMM (arXiv:2211.15841): rows of one expert are contiguous and nothing is
 padded or dropped. On a CPU a loop over the experts' segments is that grouped GEMM.
 
-Shapes: D model dim, F expert hidden dim, R token rows, P routed (row, expert) pairs.
+Shapes: D width of the rows (the model dim, or less between latent projections), F expert hidden dim, I = 2F rows of
+gate over up (F without a gate), R token rows, n rows of one expert, P routed (row, expert) pairs.
 """
 
 import time
@@ -13,10 +14,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from experts.forms import run_expert
 from experts.weights import ExpertCopy
+from protos.model import ExpertForm
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -42,10 +44,10 @@ def partial_sums(
     Returns:
         partial_RD. Rows without a pair are zero.
     """
-    first = next(iter(copies.values())).w13_2FD
-    if x_RD.dtype is not first.dtype or first.is_cuda:
+    first = next(iter(copies.values()))
+    if x_RD.dtype is not first.dtype or first.device.type != "cpu":
         x_RD = x_RD.to(first.device, first.dtype)
-    if x_RD.shape[0] == 1:
+    if x_RD.shape[0] == 1 and not first.form.weighs_input:
         return _one_row(x_RD, pair_expert_P, pair_weight_P, copies)
     partial_RD = torch.zeros(x_RD.shape, dtype=torch.float32, device=x_RD.device)
     order_P = np.argsort(pair_expert_P, kind="stable")
@@ -53,10 +55,14 @@ def partial_sums(
     row_P = torch.from_numpy(pair_row_P[order_P].astype(np.int64)).to(x_RD.device)
     weight_P1 = torch.from_numpy(pair_weight_P[order_P]).unsqueeze(1).to(x_RD.device)
     for expert, (start, end) in zip(experts.tolist(), pairwise([*starts.tolist(), len(order_P)]), strict=True):
-        row_n = row_P[start:end]
-        y_nD = _swiglu(x_RD.index_select(0, row_n), copies[expert])
-        copies[expert].tokens += end - start
-        partial_RD.index_add_(0, row_n, y_nD.float().mul_(weight_P1[start:end]))
+        copy, row_n, weight_n1 = copies[expert], row_P[start:end], weight_P1[start:end]
+        copy.tokens += end - start
+        x_nD = x_RD.index_select(0, row_n)
+        if copy.form.weighs_input:
+            y_nD = run_expert(x_nD * weight_n1.to(x_nD.dtype), copy).float()
+        else:
+            y_nD = run_expert(x_nD, copy).float().mul_(weight_n1)
+        partial_RD.index_add_(0, row_n, y_nD)
     summed_RD: Float32Array = partial_RD.cpu().numpy()
     return summed_RD
 
@@ -67,17 +73,12 @@ def _one_row(
     """A single token, where latency counts: no sorting, gathering or scattering, and the sum in numpy."""
     total_1D: Float32Array | None = None
     for expert, weight_1 in zip(pair_expert_P.tolist(), pair_weight_P, strict=True):
-        y_1D = _swiglu(x_1D, copies[expert])
+        y_1D = run_expert(x_1D, copies[expert])
         copies[expert].tokens += 1
         y: Float32Array = (y_1D if y_1D.dtype is torch.float32 else y_1D.float()).cpu().numpy() * weight_1
         total_1D = y if total_1D is None else total_1D + y
     assert total_1D is not None, "a request has at least one pair"
     return total_1D
-
-
-def _swiglu(x_nD: Tensor, copy: ExpertCopy) -> Tensor:
-    gate_nF, up_nF = F.linear(x_nD, copy.w13_2FD).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_nF).mul_(up_nF), copy.w2_DF)
 
 
 def choose_compute_dtype(
@@ -103,13 +104,15 @@ def choose_compute_dtype(
 
 def _time_expert(dtype: torch.dtype, dim: int, hidden_dim: int, rows: int) -> float:
     copy = ExpertCopy(
-        w13_2FD=torch.zeros(2 * hidden_dim, dim, dtype=dtype), w2_DF=torch.zeros(dim, hidden_dim, dtype=dtype)
+        up=torch.zeros(2 * hidden_dim, dim, dtype=dtype),
+        down=torch.zeros(dim, hidden_dim, dtype=dtype),
+        form=ExpertForm(),
     )
     x_RD = torch.zeros(rows, dim, dtype=dtype)
     times = []
     for _ in range(5):
         start = time.perf_counter()
         with torch.no_grad():
-            _swiglu(x_RD, copy)
+            run_expert(x_RD, copy)
         times.append(time.perf_counter() - start)
     return min(times)

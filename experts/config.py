@@ -17,6 +17,10 @@ class ExpertServerConfig(BaseModel):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="dtype of the expert GEMMs; auto measures once at start and takes the faster"
     )
+    weight_dtype: Literal["compute", "int8", "int4", "fp8"] = Field(
+        default="compute",
+        description="how expert weights stay in memory: in the compute dtype, or packed on load to fit more experts",
+    )
     compute_threads: int | None = Field(
         default=None, ge=1, description="torch threads of this process; null leaves torch's default"
     )

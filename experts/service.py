@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -87,10 +87,11 @@ class ExpertServer:
             config.compute_dtype,
             getattr(torch, spec.dtype),
             device=device,
-            dim=spec.dim,
+            dim=spec.expert_dim,
             hidden_dim=spec.hidden_dim,
         )
-        self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes)
+        weight_dtype = None if config.weight_dtype == "compute" else config.weight_dtype
+        self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes, weight_dtype)
         self._batcher: Batcher[_Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
         self._pacer = Pacer(config.emulated_tokens_per_s)
         self._busy = BusyMeter()
@@ -126,16 +127,21 @@ class ExpertServer:
         for layer, expert in copies:
             self._check_key(layer, expert)
         self._shard.load(copies)
-        x_1D = torch.zeros(1, self.spec.dim)
+        x_1D = torch.zeros(1, self.spec.expert_dim)
         zero, weight = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32)
         for layer, expert in copies:
             copy = self._shard.find(layer, [expert])[expert]
-            warm = ExpertCopy(w13_2FD=copy.w13_2FD, w2_DF=copy.w2_DF)  # the warm-up is not traffic: do not count it
+            warm = replace(copy, tokens=0)  # the warm-up is not traffic: do not count it
             partial_sums(x_1D, zero, np.full(1, expert, dtype=np.int32), weight, {expert: warm})
 
     def unload(self, copies: Sequence[CopyKey]) -> None:
         """Forget copies. Calls already accepted for them complete; later ones get StalePlacement."""
         self._shard.unload(copies)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Memory of one expert copy on this server."""
+        return self._shard.copy_bytes
 
     def report(self) -> ServerReport:
         """A snapshot, cheap enough for every heartbeat."""
@@ -255,7 +261,7 @@ class ExpertServer:
         partial_dtype = TORCH_DTYPES.get(head.partial_dtype)
         if partial_dtype is None:
             raise InvalidRequest(f"partial_dtype is {head.partial_dtype} (supported: 1, 2, 3)")
-        x_RD = read_tensor(payload, head.dtype, (head.num_rows, self.spec.dim), name="x")
+        x_RD = read_tensor(payload, head.dtype, (head.num_rows, self.spec.expert_dim), name="x")
         pair_row_P = read_ints(head.pair_row, name="pair_row")
         pair_expert_P = read_ints(head.pair_expert, name="pair_expert", count=len(pair_row_P))
         pair_weight_P = read_floats(head.pair_weight, name="pair_weight", count=len(pair_row_P))

@@ -1,29 +1,90 @@
 """The expert copies one server holds: a byte budget, loads that read only those experts, an atomic swap.
 
-Shapes: D model dim, F expert hidden dim.
+Shapes: D width of the rows, F expert hidden dim, I = 2F rows of gate over up (F without a gate).
 """
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from experts.packed import Matrix, WeightDtype, pack, packed_bytes
 from protos.checkpoint import Checkpoint
 from protos.errors import Overloaded, StalePlacement
-from protos.model import ModelSpec
+from protos.model import ExpertForm, ModelSpec
 
 CopyKey = tuple[str, int]  # (layer, expert)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ExpertCopy:
-    """One loaded expert. w13_2FD stacks the gate and up projections, so that one GEMM computes both."""
+    """One loaded expert. `up` stacks gate over up projection, so that one GEMM computes both."""
 
-    w13_2FD: Tensor
-    w2_DF: Tensor
+    up: Matrix  # [I, D]
+    down: Matrix  # [D, F]
+    form: ExpertForm
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
     tokens: int = 0  # routed pairs computed since it was loaded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations it computes on."""
+        return self.up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.up.device
+
+
+def load_expert(
+    checkpoint: Checkpoint,
+    layer: str,
+    expert: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_dtype: WeightDtype | None = None,
+) -> ExpertCopy:
+    """Read one expert.
+
+    Args:
+        dtype: of the activations, and of the weights unless they are packed.
+        weight_dtype: keep the matrices packed in it; None: plain.
+
+    Raises:
+        CorruptWeights: its tensors are missing, truncated or not finite.
+    """
+    weights = checkpoint.expert(layer, expert)
+    bias, last_bias = weights.up_bias_I, weights.down_bias_L
+
+    def keep(weight: Tensor) -> Matrix:
+        if weight_dtype is None:
+            return weight.to(device, dtype)
+        return pack(weight.to(device), weight_dtype, dtype=dtype)
+
+    return ExpertCopy(
+        up=keep(weights.up_IL),
+        down=keep(weights.down_LF),
+        form=checkpoint.spec.blocks[layer].form,
+        up_bias=None if bias is None else bias.to(device, dtype),
+        down_bias=None if last_bias is None else last_bias.to(device, dtype),
+    )
+
+
+def bytes_per_copy(spec: ModelSpec, dtype: torch.dtype, weight_dtype: WeightDtype | None = None) -> int:
+    """Memory of one expert: its matrices, packed or plain, and its biases."""
+    block = next(iter(spec.blocks.values()))
+    rows = spec.hidden_dim * (2 if block.form.gated else 1)
+    matrices = ((rows, spec.expert_dim), (spec.expert_dim, spec.hidden_dim))
+    biases = (rows + spec.expert_dim) * dtype.itemsize if block.form.biases else 0
+    if weight_dtype is None:
+        return sum(math.prod(shape) for shape in matrices) * dtype.itemsize + biases
+    return sum(packed_bytes(*shape, weight_dtype) for shape in matrices) + biases
 
 
 @dataclass(slots=True)
@@ -39,13 +100,14 @@ class ExpertShard:
     device: torch.device
     dtype: torch.dtype
     budget_bytes: int
+    weight_dtype: WeightDtype | None = None
     held: Mapping[CopyKey, ExpertCopy] = field(default_factory=dict)
     _loading: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of one copy in the compute dtype."""
-        return self.spec.expert_params * self.dtype.itemsize
+        """Memory of one copy."""
+        return bytes_per_copy(self.spec, self.dtype, self.weight_dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -67,8 +129,11 @@ class ExpertShard:
                 raise Overloaded(
                     f"{len(wanted)} more copies need {needed} bytes in all, above budget_bytes ({self.budget_bytes})"
                 )
-            for key in wanted:
-                copy = self._read(*key)
+            # A bar for a person at a terminal, after the first second; a log gets the server's own lines.
+            for key in tqdm(wanted, desc="experts", unit="expert", delay=1, leave=False, disable=None):
+                copy = load_expert(
+                    self.checkpoint, *key, device=self.device, dtype=self.dtype, weight_dtype=self.weight_dtype
+                )
                 self.held = {**self.held, key: copy}
 
     def unload(self, keys: Iterable[CopyKey]) -> None:
@@ -91,10 +156,3 @@ class ExpertShard:
                 raise StalePlacement(f"expert {expert} of layer {layer} is not held by this server")
             found[expert] = copy
         return found
-
-    def _read(self, layer: str, expert: int) -> ExpertCopy:
-        weights = self.checkpoint.expert(layer, expert)
-        w13_2FD = torch.cat((weights.gate_FD, weights.up_FD))
-        return ExpertCopy(
-            w13_2FD=w13_2FD.to(self.device, self.dtype), w2_DF=weights.down_DF.to(self.device, self.dtype).contiguous()
-        )

@@ -3,4 +3,15 @@
 Imports nothing of ours. `__all__` names the modules that the other packages may import; the rest is private.
 """
 
-__all__ = ["checkpoint", "codec", "common_pb2", "errors", "expert_pb2", "loops", "model", "router_pb2", "services"]
+__all__ = [
+    "activations",
+    "checkpoint",
+    "codec",
+    "common_pb2",
+    "errors",
+    "expert_pb2",
+    "loops",
+    "model",
+    "router_pb2",
+    "services",
+]

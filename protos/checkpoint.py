@@ -1,8 +1,10 @@
 """Model reading: a Hugging Face directory becomes a `ModelSpec`, and weights are read one expert at a time.
 
-config.json is read by `families`, tensor names by `layout`, bytes by `weightfiles`.
+config.json is read by `configfile`, tensor names by `tensornames` and `layout`, bytes by `weightfiles`, quantised
+formats by `quantised`. Whatever the layout, weights come out in one form.
 
-Shapes: D model dim, F expert hidden dim (the shared expert's own for the shared expert), E experts.
+Shapes: D model dim, L expert input dim, F expert hidden dim (the shared expert's own for the shared expert), I = 2F
+rows of gate and up (F without a gate), E routed experts, C = E + identity choices, V vocabulary, K top-k.
 """
 
 import threading
@@ -10,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from protos.errors import CorruptWeights, InvalidRequest
-from protos.families import read_config
-from protos.layout import Block, Dims, Projections, expert_dtype, find_blocks
-from protos.model import GateSpec, ModelSpec, SharedSpec
+from protos.blocks import Block, StoredMatrix, StoredMlp
+from protos.configfile import Config, read_config
+from protos.errors import CorruptWeights, InvalidRequest, UnsupportedModel
+from protos.layout import find_blocks, plain_dtype
+from protos.model import ModelSpec
+from protos.quant_config import read_quantisation
 from protos.weightfiles import DTYPES, Extent, index_directory, read_extent
 
 _DTYPE_NAMES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
@@ -28,29 +33,46 @@ _CODES = {name: code for code, name in _DTYPE_NAMES.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertWeights:
-    """One routed expert: y = (silu(x gate^T) * (x up^T)) down^T, in the checkpoint's dtype."""
+    """One expert: up_IL stacks gate over up, so that one GEMM computes both. In the model's dtype."""
 
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_DF: Tensor
+    up_IL: Tensor
+    down_LF: Tensor
+    up_bias_I: Tensor | None = None
+    down_bias_L: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GateWeights:
-    """One layer's router, in the model dtype; the selection bias, where the family has one, in fp32."""
+    """One layer's router, in the model dtype unless the spec keeps it in fp32; selection bias and factors in fp32.
+
+    `dtype`: the model's; None for that of weight_ED. table_VK names the experts of every token id.
+    """
 
     weight_ED: Tensor
-    bias_E: Tensor | None
+    bias_E: Tensor | None = None
+    logit_bias_E: Tensor | None = None
+    input_scale_D: Tensor | None = None
+    expert_scale_E: Tensor | None = None
+    table_VK: Tensor | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SharedWeights:
     """One layer's shared expert, in the model dtype; output_gate_1D where the spec says `gated`."""
 
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_DF: Tensor
+    mlp: ExpertWeights
     output_gate_1D: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AroundWeights:
+    """What surrounds the routed experts of one layer, in the model dtype; see `BlockSpec`."""
+
+    latent_in_LD: Tensor | None = None
+    latent_out_DL: Tensor | None = None
+    output_bias_D: Tensor | None = None
+    output_norm_D: Tensor | None = None
 
 
 def read_model(path: Path) -> ModelSpec:
@@ -64,19 +86,19 @@ def read_model(path: Path) -> ModelSpec:
         CorruptWeights: a weight file is truncated or has a bad header, a tensor is missing or of the wrong shape.
     """
     config = read_config(path)
-    activation, gate, shared = config.activation(), config.gate(), config.shared()
-    dims = _dims(gate, shared, dim=config.dim, hidden_dim=config.hidden_dim)
-    blocks = find_blocks(index_directory(path), num_layers=config.num_layers, dims=dims)
+    quantisation = read_quantisation(config.document, file=config.file)
+    blocks = find_blocks(index_directory(path), config, quantisation)
+    code = plain_dtype(blocks)
+    first = next(iter(blocks.values()))
+    stored = first.experts[0].down.format
     return ModelSpec(
         path=path.absolute(),  # the spec travels to processes with other working directories
         family=config.family,
-        dtype=_DTYPE_NAMES[expert_dtype(blocks)],
+        dtype=_model_dtype(config, first) if code is None else _DTYPE_NAMES[code],
         dim=config.dim,
         hidden_dim=config.hidden_dim,
-        layers=tuple(map(str, blocks)),
-        gate=gate,
-        shared=shared,
-        activation=activation,
+        blocks={name: block.spec for name, block in blocks.items()},
+        quantisation="" if stored is None else stored.words,
     )
 
 
@@ -90,14 +112,14 @@ class Checkpoint:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
-        blocks = find_blocks(
-            index_directory(spec.path),
-            num_layers=int(spec.layers[-1]) + 1,
-            dims=_dims(spec.gate, spec.shared, dim=spec.dim, hidden_dim=spec.hidden_dim),
-        )
-        self._blocks = {str(layer): block for layer, block in blocks.items()}
-        if tuple(self._blocks) != spec.layers or expert_dtype(blocks) != _CODES[spec.dtype]:
+        self.spec = spec
+        self._dtype = DTYPES[_CODES[spec.dtype]]
+        config = read_config(spec.path)
+        quantisation = read_quantisation(config.document, file=config.file)
+        self._blocks = find_blocks(index_directory(spec.path), config, quantisation)
+        code = plain_dtype(self._blocks)
+        described = {name: block.spec for name, block in self._blocks.items()}
+        if described != spec.blocks or (code is not None and code != _CODES[spec.dtype]):
             raise CorruptWeights(f"{spec.path}: the weights changed since the model was described")
         self._lock = threading.Lock()
         self._bytes_read = 0
@@ -107,8 +129,14 @@ class Checkpoint:
         """Bytes of tensors read from the files so far."""
         return self._bytes_read
 
+    def expert_bytes(self, layer: str, expert: int) -> int:
+        """Bytes that `expert` reads."""
+        mlp = self._block(layer).experts[expert]
+        biases = [*mlp.up_biases, *([mlp.down_bias] if mlp.down_bias else [])]
+        return sum(matrix.nbytes for matrix in (*mlp.ups, mlp.down)) + sum(bias.nbytes for bias in biases)
+
     def expert(self, layer: str, expert: int) -> ExpertWeights:
-        """Read one expert: three matrices and not a byte more.
+        """Read one expert: its matrices and not a byte more.
 
         Raises:
             InvalidRequest: the model has no such layer or expert.
@@ -119,15 +147,27 @@ class Checkpoint:
             raise InvalidRequest(
                 f"expert {expert} of layer {layer}: the model has experts 0 to {len(block.experts) - 1}"
             )
-        gate_FD, up_FD, down_DF = self._projections(block.experts[expert])
-        return ExpertWeights(gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF)
+        return self._mlp(block.experts[expert])
 
     def gate(self, layer: str) -> GateWeights:
-        """Read one layer's router weight and selection bias; raises as `expert` does."""
+        """Read one layer's router; raises as `expert` does."""
         block = self._block(layer)
-        bias = block.selection_bias
+        weight_ED = self._read(block.others["router"])
+        in_fp32 = block.spec.gate.router_dtype == "float32"
+
+        def optional(part: str, dtype: torch.dtype) -> Tensor | None:
+            extent = block.others.get(part)
+            return None if extent is None else self._read(extent).to(dtype)
+
+        bias_E = optional("selection bias", torch.float32)
         return GateWeights(
-            weight_ED=self._read_as_model(block.router), bias_E=None if bias is None else self._read(bias).float()
+            weight_ED=weight_ED.to(torch.float32 if in_fp32 else self._dtype),
+            bias_E=None if bias_E is None else bias_E.reshape(-1),
+            logit_bias_E=optional("router bias", self._dtype),
+            input_scale_D=optional("router input scale", self._dtype),
+            expert_scale_E=optional("expert scale", self._dtype),
+            table_VK=optional("token table", torch.int64),
+            dtype=self._dtype,
         )
 
     def shared(self, layer: str) -> SharedWeights | None:
@@ -135,10 +175,22 @@ class Checkpoint:
         block = self._block(layer)
         if block.shared is None:
             return None
-        gate_FD, up_FD, down_DF = self._projections(block.shared)
-        gate = block.shared_output_gate
-        output_gate_1D = None if gate is None else self._read_as_model(gate)
-        return SharedWeights(gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF, output_gate_1D=output_gate_1D)
+        gate = block.others.get("shared output gate")
+        return SharedWeights(
+            mlp=self._mlp(block.shared), output_gate_1D=None if gate is None else self._read(gate).to(self._dtype)
+        )
+
+    def around(self, layer: str) -> AroundWeights:
+        """Read what surrounds one layer's routed experts; raises as `expert` does."""
+        block = self._block(layer)
+        bias, norm = block.others.get("output bias"), block.others.get("output norm")
+        latent_in, latent_out = block.latent or (None, None)
+        return AroundWeights(
+            latent_in_LD=None if latent_in is None else self._matrix(latent_in).to(self._dtype),
+            latent_out_DL=None if latent_out is None else self._matrix(latent_out).to(self._dtype),
+            output_bias_D=None if bias is None else self._read(bias).to(self._dtype),
+            output_norm_D=None if norm is None else self._read(norm).to(self._dtype),
+        )
 
     def _block(self, layer: str) -> Block:
         block = self._blocks.get(layer)
@@ -148,30 +200,57 @@ class Checkpoint:
             )
         return block
 
-    def _projections(self, extents: Projections) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            self._read_as_model(extents.gate),
-            self._read_as_model(extents.up),
-            self._read_as_model(extents.down),
+    def _mlp(self, mlp: StoredMlp) -> ExpertWeights:
+        """The projections in one form: gate rows, then up rows."""
+        rows = sum(matrix.rows for matrix in mlp.ups)
+        up_IL = torch.empty(rows, mlp.ups[0].columns, dtype=self._dtype)
+        first = 0
+        for matrix in mlp.ups:
+            part_IL = up_IL[first : first + matrix.rows]
+            extent = matrix.pieces.get("weight")
+            if matrix.format is None and not matrix.transposed and extent is not None and self._is_model(extent):
+                self._read(extent, into=part_IL)
+            else:
+                part_IL.copy_(self._matrix(matrix))
+            first += matrix.rows
+        biases = [self._read(bias).to(self._dtype) for bias in mlp.up_biases]
+        up_bias_I = torch.cat(biases) if biases else None
+        if mlp.interleaved:
+            up_IL = torch.cat((up_IL[::2], up_IL[1::2]))
+            up_bias_I = None if up_bias_I is None else torch.cat((up_bias_I[::2], up_bias_I[1::2]))
+        return ExpertWeights(
+            up_IL=up_IL,
+            down_LF=self._matrix(mlp.down).to(self._dtype).contiguous(),
+            up_bias_I=up_bias_I,
+            down_bias_L=None if mlp.down_bias is None else self._read(mlp.down_bias).to(self._dtype),
         )
 
-    def _read_as_model(self, extent: Extent) -> Tensor:
-        # transformers loads a router or shared expert stored in another dtype in the model's; experts are in it already
-        return self._read(extent).to(DTYPES[_CODES[self._spec.dtype]])
+    def _matrix(self, matrix: StoredMatrix) -> Tensor:
+        """[rows, columns], in the stored dtype if it is plain, else dequantised to fp32."""
+        pieces = {piece: self._read(extent) for piece, extent in matrix.pieces.items()}
+        if matrix.format is None:
+            return pieces["weight"].T if matrix.transposed else pieces["weight"]
+        file = next(iter(matrix.pieces.values())).file
+        return matrix.format.decode(pieces, matrix.rows, matrix.columns, name=f"{file.path}: {matrix.name}")
 
-    def _read(self, extent: Extent) -> Tensor:
-        tensor = read_extent(extent)
+    def _is_model(self, extent: Extent) -> bool:
+        return DTYPES.get(extent.dtype) is self._dtype
+
+    def _read(self, extent: Extent, into: Tensor | None = None) -> Tensor:
+        tensor = read_extent(extent, into)
         with self._lock:
             self._bytes_read += extent.nbytes
         return tensor
 
 
-def _dims(gate: GateSpec, shared: SharedSpec | None, *, dim: int, hidden_dim: int) -> Dims:
-    return Dims(
-        num_experts=gate.num_experts,
-        dim=dim,
-        hidden_dim=hidden_dim,
-        shared_hidden_dim=shared.hidden_dim if shared else 0,
-        shared_gated=shared.gated if shared else False,
-        selection_bias=gate.selection_bias,
-    )
+def _model_dtype(config: Config, block: Block) -> Literal["float32", "bfloat16", "float16"]:
+    """The dtype quantised experts are dequantised to: what config.json says, else the router's."""
+    for values in (config.values, config.document):
+        for key in ("dtype", "torch_dtype"):
+            name = values.get(key)
+            if isinstance(name, str) and name.removeprefix("torch.") in _CODES:
+                return _DTYPE_NAMES[_CODES[name.removeprefix("torch.")]]  # type: ignore[index]
+    router = block.others["router"]
+    if router.dtype not in DTYPES:
+        raise UnsupportedModel(f"{router.file.path}: tensor {router.name} has dtype {router.dtype}")
+    return _DTYPE_NAMES[router.dtype]

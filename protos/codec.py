@@ -103,6 +103,13 @@ def read_ints(data: Buffer, *, name: str, count: int | None = None) -> npt.NDArr
     return np.frombuffer(data, dtype=np.int32)
 
 
+def read_longs(data: Buffer, *, name: str, count: int) -> npt.NDArray[np.int64]:
+    """A read-only view of an int64 array field of `count` elements; raises as `read_ints`."""
+    if memoryview(data).nbytes != 8 * count:
+        raise InvalidRequest(f"{name} has {memoryview(data).nbytes} bytes, expected {count} elements of 8")
+    return np.frombuffer(data, dtype=np.int64)
+
+
 def read_floats(data: Buffer, *, name: str, count: int | None = None) -> npt.NDArray[np.float32]:
     """A read-only view of a float32 array field; raises as `read_ints`."""
     _check_words(data, name, count)

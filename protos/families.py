@@ -1,241 +1,347 @@
-"""What config.json means: one row of values per model family, read into a `GateSpec` and the block's sizes.
+"""The MoE families: one row of options each.
 
-The rows state what the family's block in transformers 5.23 computes (models/<family>/modeling_<family>.py); defaults
-are those of its configuration class. A new family is a new row.
+The rows state what the family's block in transformers 5.23 computes (models/<family>/modeling_<family>.py), and for
+families without a class there what their own definition says; defaults are those of the configuration class. A new
+family is a new row; how rows are read is in configfile.py, what the options mean in model.py.
 """
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from math import inf
 
-from protos.errors import UnsupportedModel
-from protos.model import GateSpec, GroupLimit, SharedSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A value of config.json: the names it goes by, and what it is where the file does not say (None: it must)."""
-
-    keys: tuple[str, ...]
-    default: int | float | bool | str | None = None
-
-
-_NUM_EXPERTS = Setting(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"))
-_TOP_K = Setting(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"))
-_WIDTH = Setting(("intermediate_size",))
-_MOE_WIDTH = Setting(("moe_intermediate_size",))
-_ALWAYS = Setting((), True)
-ACTIVATION = Setting(("hidden_act",), "silu")
-_DIM = Setting(("hidden_size",))
-_NUM_LAYERS = Setting(("num_hidden_layers",))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedRow:
-    """The shared expert: `width` wide, or as wide as `count` routed experts."""
-
-    gated: bool
-    width: Setting | None = None
-    count: Setting = Setting((), 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """One row: the options of `GateSpec`, fixed by the family or read from a key of its config.json."""
-
-    hidden_dim: Setting
-    score: Literal["softmax", "sigmoid"]
-    logits_dtype: Literal["model", "float32"]
-    weight_dtype: Literal["float32", "model"]
-    renorm: Setting
-    renorm_eps: float = 0.0
-    scale: Setting = Setting((), 1.0)
-    selection_bias: bool = False
-    num_groups: Setting = Setting((), 1)
-    top_groups: Setting = Setting((), 1)
-    topk_method: str = "greedy"  # the one value that hub configs of this family may spell out
-    shared: SharedRow | None = None
-
-
-_QWEN_STYLE_RENORM = Setting(("norm_topk_prob",), False)
+from protos.family_lines import (
+    CLAMPED_V3,
+    GEMMA4,
+    GLM4,
+    GPT_OSS,
+    GRANITE,
+    MINIMAX_M2,
+    MIXTRAL,
+    OLMOE,
+    QWEN,
+    QWEN_NORMED,
+    QWEN_SHARED,
+    SHARED,
+    SQRT_SOFTPLUS,
+    V2,
+    V3,
+    V3_UNGROUPED,
+)
+from protos.settings import MOE_WIDTH, TOP_K, WIDTH, Family, SharedRow, Variant, key, need
 
 FAMILIES: Mapping[str, Family] = {
-    "mixtral": Family(  # weights stay fp32; jitter is for training only
-        hidden_dim=_WIDTH, score="softmax", logits_dtype="model", weight_dtype="float32", renorm=_ALWAYS
-    ),
-    "qwen2_moe": Family(
-        hidden_dim=_MOE_WIDTH,
-        score="softmax",
-        logits_dtype="model",
-        weight_dtype="model",
-        renorm=_QWEN_STYLE_RENORM,
-        shared=SharedRow(gated=True, width=Setting(("shared_expert_intermediate_size",))),
-    ),
-    "qwen3_moe": Family(
-        hidden_dim=_MOE_WIDTH, score="softmax", logits_dtype="model", weight_dtype="model", renorm=_QWEN_STYLE_RENORM
-    ),
-    "olmoe": Family(
-        hidden_dim=_WIDTH, score="softmax", logits_dtype="model", weight_dtype="model", renorm=_QWEN_STYLE_RENORM
-    ),
-    "deepseek_v3": Family(
-        hidden_dim=_MOE_WIDTH,
+    "mixtral": MIXTRAL,
+    "minimax": MIXTRAL,
+    "qwen2_moe": replace(QWEN, shared=QWEN_SHARED),
+    "qwen3_moe": QWEN,
+    "qwen3_next": replace(QWEN_NORMED, shared=QWEN_SHARED),
+    "qwen3_5_moe": replace(QWEN, renorm=True, shared=QWEN_SHARED),
+    "qwen3_vl_moe": replace(QWEN, renorm=True),
+    "qwen3_omni_moe": QWEN_NORMED,  # the thinker
+    "olmoe": OLMOE,
+    "flex_olmo": OLMOE,
+    "jamba": replace(OLMOE, renorm=False),
+    "flint": replace(
+        QWEN_NORMED,
         score="sigmoid",
         logits_dtype="float32",
+        router_dtype="float32",
         weight_dtype="float32",
-        renorm=Setting(("norm_topk_prob", "moe_renormalize"), True),
-        renorm_eps=1e-20,
-        scale=Setting(("routed_scaling_factor", "route_scale"), 2.5),
+        shared=SharedRow(width=need("shared_expert_intermediate_size")),
+    ),
+    "hunyuan_v1_moe": replace(
+        MIXTRAL,
+        top_k=replace(TOP_K, per_layer=True),
+        logits_dtype="float32",
+        router_dtype="float32",
+        shared=SharedRow(),
+    ),
+    "dbrx": replace(
+        MIXTRAL,
+        dim=need("d_model"),
+        hidden_dim=need("ffn_hidden_size"),
+        stacks={"": need("n_layers", "num_hidden_layers")},
+        section="ffn_config",
+        score_dtype="model",
+        renorm_kind="norm",
+        renorm_p=key("moe_normalize_expert_weights", default=1.0),
+        activation="silu",
+        variants=(
+            Variant(
+                setting=key("moe_normalize_expert_weights", default=1.0), values={None: {"renorm": False}, ...: {}}
+            ),
+            Variant(setting=key("ffn_act_fn.name", default="silu"), values={"silu": {}}),
+        ),
+    ),
+    "ernie4_5_moe": Family(
+        logits_dtype="float32",
+        router_dtype="float32",
         selection_bias=True,
-        num_groups=Setting(("n_group", "num_expert_group"), 8),
-        top_groups=Setting(("topk_group",), 4),
-        topk_method="noaux_tc",
-        shared=SharedRow(gated=False, count=Setting(("n_shared_experts",), 1)),
+        renorm=True,
+        renorm_kind="clamp",
+        renorm_eps=key("moe_norm_min", default=1e-12),
+        weight_dtype="model",
+        shared=SharedRow(count=key("moe_num_shared_experts", default=2)),
+    ),
+    "phimoe": Family(
+        hidden_dim=WIDTH,
+        score="logits",
+        score_dtype="model",
+        weight_dtype="model",
+        selection="sparsemixer",
+        jitter=key("router_jitter_noise", default=0.01),
+    ),
+    "grok-1": Family(  # xai-org/grok-1 model.py: probabilities of the chosen as they are, jax.nn.gelu's tanh form
+        hidden_dim=WIDTH, logits_dtype="float32", weight_dtype="model", activation="gelu_tanh"
+    ),
+    "deepseek": Family(  # DeepSeek-MoE 16B (remote code)
+        logits_dtype="float32",
+        renorm=key("norm_topk_prob", default=False),
+        renorm_eps=1e-20,
+        shared=SHARED,
+        variants=(Variant(setting=key("scoring_func", default="softmax"), values={"softmax": {}}),),
+    ),
+    "deepseek_v2": V2,
+    "deepseek_ocr2": V2,
+    "unlimited_ocr": V2,
+    "deepseek_v3": V3,
+    "kimi_k2": V3,
+    "deepseek_v32": V3,
+    "axk1": replace(V3, output_norm=True),
+    "axk2": replace(
+        V3, num_groups=key("n_group", default=None), top_groups=key("topk_group", default=None), excluded="zero"
+    ),
+    "bailing_hybrid": replace(V3, shared=replace(SHARED, count=key("num_shared_experts", default=1))),
+    "beam": replace(
+        V3,
+        router_dtype="float32",
+        scale=1.0,
+        output_scale=key("routed_scaling_factor", default=2.5),
+        shared=None,
+    ),
+    "glm4_moe": GLM4,
+    "glm4v_moe": GLM4,
+    "glm4_moe_lite": replace(GLM4, scale=key("routed_scaling_factor", default=1.8)),
+    "glm_moe_dsa": V3_UNGROUPED,
+    "dots1": replace(
+        GLM4, renorm=key("norm_topk_prob", default=False), shared=replace(SHARED, count=need("n_shared_experts"))
+    ),
+    "dots3_note": replace(GLM4, shared=replace(SHARED, width=need("shared_experts_intermediate_size"))),
+    "glm5_next": CLAMPED_V3,
+    "hy_v4": replace(
+        CLAMPED_V3,
+        scale=key("routed_scaling_factor", default=2.827),
+        shared=replace(SHARED, limit=inf),
+    ),
+    "mimo_v2_flash": replace(GLM4, shared=None),
+    "nemotron_h": replace(
+        GLM4,
+        stacks={"": need("num_hidden_layers", "layers_block_type", "layer_types")},
+        glu="plain",
+        activation=key("mlp_hidden_act", default="relu2"),
+        latent_dim=key("moe_latent_size"),
+        shared=SharedRow(width=need("moe_shared_expert_intermediate_size")),
+        ignored=frozenset({"n_shared_experts", "hidden_act"}),
+    ),
+    "deepseek_v4": Family(
+        score="sqrt_softplus",
+        score_dtype="model",
+        selection_bias=True,
+        renorm=True,
+        renorm_eps=1e-20,
+        scale=key("routed_scaling_factor", default=1.5),
+        glu="clamped",
+        limit=key("swiglu_limit", default=10.0),
+        shared=SharedRow(),
+        variants=(
+            SQRT_SOFTPLUS,
+            Variant(setting=key("norm_topk_prob", default=True), values={True: {}}),
+            Variant(setting=key("n_shared_experts", default=1), values={1: {}}),
+        ),
+    ),
+    "mistral4": replace(
+        GLM4,
+        score="softmax",
+        logits_dtype="model",
+        score_dtype="model",
+        selection_bias=False,
+        excluded="zero",
+        variants=(),
+    ),
+    "mistral_large4": replace(
+        GLM4, score="softmax", router_dtype="float32", selection_bias=False, excluded="zero", renorm=True, variants=()
+    ),
+    "afmoe": Family(
+        score="sigmoid",
+        selection_bias=True,
+        renorm=True,
+        renorm_eps=1e-20,
+        scale=key("route_scale", default=1.0),
+        shared=SharedRow(count=key("num_shared_experts", default=2)),
+        variants=(
+            Variant(setting=key("score_func", default="sigmoid"), values={"sigmoid": {}}),
+            Variant(setting=key("route_norm", default=True), values={True: {}}),
+        ),
+    ),
+    "hy_v3": Family(
+        score="sigmoid",
+        logits_dtype="float32",
+        selection_bias=True,
+        renorm=True,
+        renorm_eps=1e-20,
+        scale=key("router_scaling_factor", default=2.826),
+        shared=SharedRow(count=key("num_shared_experts", default=1)),
+    ),
+    "minimax_m2": MINIMAX_M2,
+    "minimax_m3_vl": replace(
+        MINIMAX_M2,
+        glu="gpt_oss",
+        activation="silu",
+        limit=key("swiglu_limit", default=7.0),
+        alpha=key("swiglu_alpha", default=1.702),
+        output_scale=key("routed_scaling_factor", default=2.0),
+        shared=SharedRow(width=need("shared_intermediate_size")),
+    ),
+    "step3p7": replace(
+        MINIMAX_M2,
+        hidden_dim=MOE_WIDTH,
+        glu="clamped_after",
+        limit=replace(key("swiglu_limits"), per_layer=True),
+        output_scale=key("moe_router_scaling_factor", default=1.0),
+        shared=SharedRow(
+            width=need("share_expert_dim", "share_expert_dims"),
+            limit=replace(key("swiglu_limits_shared"), per_layer=True),
+        ),
+    ),
+    "laguna": replace(
+        MINIMAX_M2,
+        hidden_dim=MOE_WIDTH,
+        logit_softcap=key("moe_router_logit_softcapping", default=0.0),
+        weight_dtype="model",
+        output_scale=key("moe_routed_scaling_factor", default=1.0),
+        shared=SharedRow(width=need("shared_expert_intermediate_size")),
+        variants=(Variant(setting=key("moe_apply_router_weight_on_input", default=False), values={False: {}}),),
+    ),
+    "lfm2_moe": Family(
+        score="sigmoid",
+        score_dtype="model",
+        selection_bias=key("use_expert_bias", default=True),
+        renorm=key("norm_topk_prob", default=True),
+        renorm_eps=1e-6,
+        scale=key("routed_scaling_factor", default=1.0),
+        weight_dtype="model",
+        activation="silu",
+    ),
+    "kolibri1": Family(
+        score="logits",
+        logits_dtype="float32",
+        selection_bias=True,
+        chosen="sigmoid",
+        renorm=key("norm_topk_prob", default=False),
+        shared=SharedRow(width=need("shared_expert_intermediate_size")),
+    ),
+    "inkling2": Family(
+        score="sigmoid",
+        logits_dtype="float32",
+        router_dtype="float32",
+        selection_bias=True,
+        renorm=True,
+        renorm_eps=1e-20,
+        scale=key("route_scale", "routed_scaling_factor", default=8.0),
+        glu="softcapped",
+        activation="silu",
+        gate_cap=key("mlp_gate_softcap", default=4.0),
+        limit=key("mlp_up_softcap", default=25.0),
+        variants=(replace(SQRT_SOFTPLUS, setting=key("scoring_func", default="sigmoid")),),
+    ),
+    "longcat_flash": Family(
+        stacks={"": need("num_layers", "num_hidden_layers")},
+        num_experts=need("n_routed_experts"),
+        num_identity=key("zero_expert_num", default=256),
+        logits_dtype="float32",
+        selection_bias=True,
+        scale=key("routed_scaling_factor", default=6.0),
+        variants=(
+            Variant(setting=key("zero_expert_type", default="identity"), values={"identity": {}}),
+            Variant(setting=key("router_bias", default=False), values={False: {}}),
+        ),
+    ),
+    "gpt_oss": GPT_OSS,
+    "openai_privacy_filter": replace(
+        GPT_OSS,
+        logits_dtype="float32",
+        score_dtype="float32",
+        weight_dtype="float32",
+        averages=True,
+        interleaved=False,
+    ),
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE,
+    "granitemoehybrid": GRANITE,
+    "granitemoe_swa": GRANITE,
+    "jetmoe": replace(GRANITE, output_bias=True, activation=key("activation_function", default="silu")),
+    "aria": replace(
+        GRANITE,
+        score_dtype="model",
+        activation="silu",  # whatever hidden_act says: that is the shared experts'
+        shared=SharedRow(count=key("moe_num_shared_experts", default=2), activation=key("hidden_act", default="silu")),
+    ),
+    "cohere2_moe": replace(
+        GRANITE,
+        shared=SharedRow(count=key("num_shared_experts", default=0)),
+        variants=(
+            Variant(
+                setting=key("expert_selection_fn", default="softmax"),
+                values={
+                    "softmax": {},
+                    "sigmoid": {
+                        "chosen": "sigmoid",
+                        "score_dtype": "model",
+                        "renorm": key("norm_topk_prob", default=True),
+                    },
+                },
+            ),
+            Variant(
+                setting=key("shared_expert_combination_strategy", default="average"),
+                values={
+                    "sum": {},
+                    "average": {"shared": SharedRow(count=key("num_shared_experts", default=0), combine="average")},
+                },
+            ),
+        ),
+        ignored=frozenset({"norm_topk_prob"}),
+    ),
+    "llama4": replace(GRANITE, chosen="sigmoid", weighs_input=True, shared=SharedRow()),
+    "gemma4": GEMMA4,
+    "diffusion_gemma": GEMMA4,
+    "switch_transformers": Family(
+        dim=need("d_model"),
+        hidden_dim=need("d_ff"),
+        top_k=1,
+        stacks={"encoder": need("num_layers"), "decoder": need("num_decoder_layers")},
+        logits_dtype="float32",
+        logit_bias=key("router_bias", default=False),
+        weight_dtype="model",
+        capacity="sequence",
+        glu="plain",
+        activation=key("dense_act_fn", default="relu"),
+        variants=(Variant(setting=key("router_dtype", default="float32"), values={"float32": {}}),),
+    ),
+    "nllb-moe": Family(
+        dim=need("d_model"),
+        hidden_dim=need("encoder_ffn_dim", "decoder_ffn_dim"),
+        top_k=2,
+        stacks={"encoder": need("encoder_layers"), "decoder": need("decoder_layers")},
+        logits_dtype="float32",
+        logit_bias=key("router_bias", default=False),
+        weight_dtype="model",
+        capacity="batch",
+        glu="plain",
+        biases=True,
+        activation=key("activation_function", default="relu"),
+        variants=(
+            Variant(setting=key("router_dtype", default="float32"), values={"float32": {}}),
+            Variant(setting=key("second_expert_policy", default="all"), values={"all": {}}),
+        ),
     ),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """The part of one config.json that describes the text model, with checked reads."""
-
-    file: Path
-    values: Mapping[str, Any]
-    family: str
-
-    @property
-    def row(self) -> Family:
-        return FAMILIES[self.family]
-
-    @property
-    def dim(self) -> int:
-        return self._integer(_DIM)
-
-    @property
-    def hidden_dim(self) -> int:
-        return self._integer(self.row.hidden_dim)
-
-    @property
-    def num_layers(self) -> int:
-        return self._integer(_NUM_LAYERS)
-
-    def gate(self) -> GateSpec:
-        """The family's exact gate with this model's numbers.
-
-        Raises:
-            UnsupportedModel: a value is missing, of the wrong type, or the numbers contradict each other.
-        """
-        row = self.row
-        num_experts, top_k = self._integer(_NUM_EXPERTS), self._integer(_TOP_K)
-        if top_k > num_experts:
-            raise self._unsupported(_TOP_K, top_k, f"at most the {num_experts} experts")
-        for setting, supported in (
-            (Setting(("scoring_func",), row.score), row.score),
-            (Setting(("topk_method",), row.topk_method), row.topk_method),
-        ):
-            value = self._value(setting)
-            if value != supported:
-                raise self._unsupported(setting, value, repr(supported))
-        return GateSpec(
-            num_experts=num_experts,
-            top_k=top_k,
-            score=row.score,
-            logits_dtype=row.logits_dtype,
-            selection_bias=row.selection_bias,
-            groups=self._groups(num_experts, top_k),
-            renorm="sum" if self._flag(row.renorm) else "none",
-            renorm_eps=row.renorm_eps if self._flag(row.renorm) else 0.0,
-            scale=self._number(row.scale),
-            weight_dtype=row.weight_dtype,
-        )
-
-    def shared(self) -> SharedSpec | None:
-        """The shared expert's form, None where this model has none."""
-        row = self.row.shared
-        if row is None:
-            return None
-        width = self._integer(row.width) if row.width else self.hidden_dim
-        count = self._integer(row.count, minimum=0)
-        return SharedSpec(hidden_dim=width * count, gated=row.gated) if count else None
-
-    def activation(self) -> Literal["silu"]:
-        value = self._value(ACTIVATION)
-        if value != "silu":
-            raise self._unsupported(ACTIVATION, value, "'silu'")
-        return "silu"
-
-    def _groups(self, num_experts: int, top_k: int) -> GroupLimit | None:
-        row = self.row
-        num_groups, top_groups = self._integer(row.num_groups), self._integer(row.top_groups)
-        if top_groups > num_groups:
-            raise self._unsupported(row.top_groups, top_groups, f"at most the {num_groups} groups")
-        if num_groups == top_groups:  # every group is allowed; n_group = 1 is how configs say "no groups"
-            return None
-        if num_experts % num_groups or num_experts // num_groups < 2:
-            raise self._unsupported(
-                row.num_groups, num_groups, f"a divisor of the {num_experts} experts that leaves two per group"
-            )
-        if top_k > num_experts // num_groups * top_groups:
-            raise self._unsupported(_TOP_K, top_k, f"at most the experts of {top_groups} of {num_groups} groups")
-        return GroupLimit(num_groups=num_groups, top_groups=top_groups)
-
-    def _value(self, setting: Setting) -> Any:
-        present = {key: self.values[key] for key in setting.keys if key in self.values}
-        first = next(iter(present.values()), setting.default)
-        for key, value in present.items():
-            if value is not first and value != first:
-                raise UnsupportedModel(f"{self.file}: {key} is {value!r}, but {next(iter(present))} is {first!r}")
-        if not present and first is None:
-            raise UnsupportedModel(f"{self.file}: {self.family} needs the key {' or '.join(setting.keys)}")
-        return first
-
-    def _integer(self, setting: Setting, minimum: int = 1) -> int:
-        value = self._value(setting)
-        if type(value) is not int or value < minimum:
-            raise self._unsupported(setting, value, f"an integer of at least {minimum}")
-        return value
-
-    def _number(self, setting: Setting) -> float:
-        value = self._value(setting)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self._unsupported(setting, value, "a finite number")
-        return float(value)
-
-    def _flag(self, setting: Setting) -> bool:
-        value = self._value(setting)
-        if value is not None and type(value) is not bool:
-            raise self._unsupported(setting, value, "true or false")
-        return bool(value)
-
-    def _unsupported(self, setting: Setting, value: object, supported: str) -> UnsupportedModel:
-        key = next((key for key in setting.keys if key in self.values), "/".join(setting.keys))
-        return UnsupportedModel(f"{self.file}: {key} is {value!r} (supported for {self.family}: {supported})")
-
-
-def read_config(path: Path) -> Config:
-    """Read `path`/config.json; a composite model's text model is described under its `text_config`.
-
-    Raises:
-        UnsupportedModel: not a model directory, an unknown model_type, or quantised weights.
-    """
-    if not path.is_dir():
-        raise UnsupportedModel(f"{path}: not a directory")
-    file = path / "config.json"
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as err:
-        raise UnsupportedModel(f"{file}: cannot be read ({type(err).__name__}: {err})") from err
-    if not isinstance(values, dict):
-        raise UnsupportedModel(f"{file}: not a JSON object")
-    text = values.get("text_config")
-    section = text if isinstance(text, dict) and values.get("model_type") not in FAMILIES else values
-    for level in (values, section):
-        for key in ("quantization_config", "compression_config"):
-            if level.get(key) is not None:
-                raise UnsupportedModel(f"{file}: {key} is {str(level[key])[:200]} (supported: unquantised weights)")
-    family = section.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise UnsupportedModel(f"{file}: model_type is {family!r} (supported: {', '.join(sorted(FAMILIES))})")
-    return Config(file=file, values=section, family=family)

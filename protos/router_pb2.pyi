@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("request_id", "layer", "num_tokens", "dtype", "timeout_s", "routing", "overflow", "return_routing", "x")
+    __slots__ = ("request_id", "layer", "num_tokens", "dtype", "timeout_s", "routing", "overflow", "return_routing", "token_ids", "x")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class ForwardRequest(_message.Message):
     ROUTING_FIELD_NUMBER: _ClassVar[int]
     OVERFLOW_FIELD_NUMBER: _ClassVar[int]
     RETURN_ROUTING_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     X_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     layer: str
@@ -26,8 +27,9 @@ class ForwardRequest(_message.Message):
     routing: Routing
     overflow: OverflowPolicy
     return_routing: bool
+    token_ids: bytes
     x: bytes
-    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[str] = ..., num_tokens: _Optional[int] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., timeout_s: _Optional[float] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., overflow: _Optional[_Union[OverflowPolicy, _Mapping]] = ..., return_routing: _Optional[bool] = ..., x: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[str] = ..., num_tokens: _Optional[int] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., timeout_s: _Optional[float] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., overflow: _Optional[_Union[OverflowPolicy, _Mapping]] = ..., return_routing: _Optional[bool] = ..., token_ids: _Optional[bytes] = ..., x: _Optional[bytes] = ...) -> None: ...
 
 class Routing(_message.Message):
     __slots__ = ("top_k", "expert_ids", "gate_weights")
@@ -110,7 +112,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "family", "dtype", "dim", "num_experts", "top_k", "layers", "max_request_tokens", "epoch", "overflow")
+    __slots__ = ("model", "family", "dtype", "dim", "num_experts", "top_k", "layers", "max_request_tokens", "epoch", "overflow", "token_id_layers")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +123,7 @@ class DescribeResponse(_message.Message):
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OVERFLOW_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_LAYERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     family: str
     dtype: _common_pb2.DType
@@ -131,4 +134,5 @@ class DescribeResponse(_message.Message):
     max_request_tokens: int
     epoch: int
     overflow: OverflowPolicy
-    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., dim: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ..., max_request_tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., overflow: _Optional[_Union[OverflowPolicy, _Mapping]] = ...) -> None: ...
+    token_id_layers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., dim: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ..., max_request_tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., overflow: _Optional[_Union[OverflowPolicy, _Mapping]] = ..., token_id_layers: _Optional[_Iterable[str]] = ...) -> None: ...

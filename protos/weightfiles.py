@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import CorruptWeights, UnsupportedModel
+from protos.quantised import PIECE_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 INDEX_NAME = "model.safetensors.index.json"
@@ -71,21 +72,37 @@ class Extent:
         )
 
 
-def read_extent(extent: Extent) -> Tensor:
+def read_extent(extent: Extent, into: Tensor | None = None) -> Tensor:
     """Read `extent` into a tensor that owns its memory; any number of threads may read at once.
+
+    Args:
+        extent: what to read.
+        into: a contiguous tensor of the extent's dtype and number of elements to fill, instead of a new one.
 
     Raises:
         CorruptWeights: the file is gone, changed since its header was read, or holds NaN or infinity here.
-        UnsupportedModel: the dtype is not float32, bfloat16 or float16.
+        UnsupportedModel: the dtype is none that weights or quantised pieces come in.
     """
     file = extent.file
-    dtype = DTYPES.get(extent.dtype)
+    dtype = DTYPES.get(extent.dtype) or PIECE_DTYPES.get(extent.dtype)
     if dtype is None:
         raise UnsupportedModel(
-            f"{file.path}: tensor {extent.name} has dtype {extent.dtype} (supported: {', '.join(DTYPES)})"
+            f"{file.path}: tensor {extent.name} has dtype {extent.dtype} "
+            f"(supported: {', '.join([*DTYPES, *PIECE_DTYPES])})"
         )
-    raw = torch.empty(extent.nbytes, dtype=torch.uint8)
-    view = raw.numpy().data
+    raw = torch.empty(extent.nbytes, dtype=torch.uint8) if into is None else into.view(-1).view(torch.uint8)
+    assert raw.numel() == extent.nbytes, "the caller offers memory of the right size"
+    _fill(raw.numpy().data, extent)
+    tensor = raw.view(dtype).view(extent.shape)
+    # aminmax propagates NaN and is ten times cheaper than isfinite().all() on bf16
+    finite = extent.dtype not in DTYPES or not tensor.numel()
+    if not (finite or all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor))):
+        raise CorruptWeights(f"{file.path}: tensor {extent.name} holds NaN or infinity")
+    return tensor
+
+
+def _fill(view: memoryview, extent: Extent) -> None:
+    file = extent.file
     try:
         with file.path.open("rb", buffering=0) as source:
             status = os.fstat(source.fileno())
@@ -102,11 +119,6 @@ def read_extent(extent: Extent) -> Tensor:
                 filled += num_bytes
     except OSError as err:
         raise CorruptWeights(f"{file.path}: cannot read tensor {extent.name}: {err.strerror or err}") from err
-    tensor = raw.view(dtype).view(extent.shape)
-    # aminmax propagates NaN and is ten times cheaper than isfinite().all() on bf16
-    if tensor.numel() and not all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor)):
-        raise CorruptWeights(f"{file.path}: tensor {extent.name} holds NaN or infinity")
-    return tensor
 
 
 def index_directory(path: Path) -> dict[str, Extent]:

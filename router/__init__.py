@@ -3,4 +3,4 @@
 `__all__` names the modules that the other packages may import; the rest is private.
 """
 
-__all__ = ["client", "combine", "config", "gate", "ledger", "service", "shared", "table"]
+__all__ = ["around", "client", "combine", "config", "gate", "ledger", "service", "shared", "table"]

@@ -42,7 +42,10 @@ class CapacityDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """Counts of some tokens' pairs. pairs = computed + dropped; copied, waited, rerouted are disjoint, all computed."""
+    """Counts of some tokens' pairs. pairs = computed + dropped; copied, waited, rerouted are disjoint, all computed.
+
+    Pairs that need no server (identity experts, choices that the model's own capacity leaves out) are not counted.
+    """
 
     pairs: int
     computed: int
@@ -75,20 +78,23 @@ def apply_capacity(
     num_tokens, top_k = routing.expert_TK.shape
     num_copies_E = placement.num_copies_E
     capacity = capacity_per_copy(overflow, num_tokens=num_tokens, top_k=top_k, num_experts=len(num_copies_E))
+    local_N = _local(routing, len(num_copies_E)) if gate.spec.leaves_gaps else None
     if capacity is None and num_copies_E.all():
-        return _unchanged(routing, None)
+        return _unchanged(routing, None, local_N)
     expert_N = routing.expert_TK.ravel()
-    count_E = np.bincount(expert_N, minlength=len(num_copies_E))
+    count_E = np.bincount(expert_N if local_N is None else expert_N[~local_N], minlength=len(num_copies_E))
     keep_E = np.where(num_copies_E > 0, _UNLIMITED if capacity is None else capacity, 0)
     if (count_E <= keep_E).all():
-        return _unchanged(routing, capacity)
-    pairs_P = _overflowing(routing, count_E, keep_E, overflow, rng)
+        return _unchanged(routing, capacity, local_N)
+    pairs_P = _overflowing(routing, count_E, keep_E, overflow, rng, local_N)
     room_E = _room(placement, overflow, capacity)
     walk = Walk(routing, routing.expert_TK, overflow, room_E=room_E, used_E=np.minimum(count_E, keep_E))
     chains = [overflow.chain if live else overflow.unavailable_chain for live in (num_copies_E > 0).tolist()]
     walk.run(pairs_P, [chains[expert] for expert in expert_N[pairs_P].tolist()])
     state_N, wave_N = np.zeros(len(expert_N), dtype=np.uint8), np.zeros(len(expert_N), dtype=np.int32)
     state_N[pairs_P] = walk.states
+    if local_N is not None:
+        state_N[local_N] = PairState.LOCAL
     waiting_P = pairs_P[state_N[pairs_P] == PairState.WAITED]
     absent_P = num_copies_E[expert_N[waiting_P]] == 0
     state_N[waiting_P[absent_P]] = PairState.ABSENT
@@ -153,15 +159,15 @@ def tally(decision: CapacityDecision, routing: Routing, rows: slice = slice(None
     """
     state_TK = decision.state_TK[rows]
     count = np.bincount(state_TK.ravel(), minlength=len(PairState)).tolist()
-    dropped = count[PairState.DROPPED]
+    dropped, pairs = count[PairState.DROPPED], state_TK.size - count[PairState.LOCAL]
     waited = rerouted = 0
-    if count[PairState.KEPT] < state_TK.size:
+    if count[PairState.KEPT] < pairs:
         own_TK = decision.expert_TK[rows] == routing.expert_TK[rows]
         rerouted = state_TK.size - int(own_TK.sum()) - dropped
         waited = int(((state_TK == PairState.WAITED) & own_TK).sum())
     return Tally(
-        pairs=state_TK.size,
-        computed=state_TK.size - dropped,
+        pairs=pairs,
+        computed=pairs - dropped,
         copied=count[PairState.COPIED],
         waited=waited,
         rerouted=rerouted,
@@ -170,13 +176,23 @@ def tally(decision: CapacityDecision, routing: Routing, rows: slice = slice(None
     )
 
 
-def _unchanged(routing: Routing, capacity: int | None) -> CapacityDecision:
+def _local(routing: Routing, num_experts: int) -> npt.NDArray[np.bool_] | None:
+    """Pairs that need no server, None if there are none."""
+    expert_N = routing.expert_TK.ravel()
+    local_N = (expert_N < 0) | (expert_N >= num_experts)
+    return local_N if local_N.any() else None
+
+
+def _unchanged(routing: Routing, capacity: int | None, local_N: npt.NDArray[np.bool_] | None) -> CapacityDecision:
+    state_TK = np.zeros(routing.expert_TK.shape, dtype=np.uint8)
+    if local_N is not None:
+        state_TK.ravel()[local_N] = PairState.LOCAL
     return CapacityDecision(
         capacity=capacity,
         num_waves=1,
         expert_TK=routing.expert_TK,
         weight_TK=routing.weight_TK,
-        state_TK=np.zeros(routing.expert_TK.shape, dtype=np.uint8),
+        state_TK=state_TK,
         wave_TK=np.zeros(routing.expert_TK.shape, dtype=np.int32),
         dropped_mass_T=np.zeros(len(routing.expert_TK)),
     )
@@ -196,10 +212,15 @@ def _overflowing(
     keep_E: IndexArray,
     overflow: OverflowConfig,
     rng: np.random.Generator,
+    local_N: npt.NDArray[np.bool_] | None,
 ) -> IndexArray:
     """Flat indices of the pairs beyond the first keep_E of their expert, in the total order."""
     expert_N = routing.expert_TK.ravel()
-    pairs_P = np.flatnonzero((count_E > keep_E)[expert_N])  # token, then slot
+    if local_N is None:
+        pairs_P = np.flatnonzero((count_E > keep_E)[expert_N])  # token, then slot
+    else:
+        pairs_P = np.flatnonzero(~local_N)
+        pairs_P = pairs_P[(count_E > keep_E)[expert_N[pairs_P]]]
     if overflow.keep == "score":
         pairs_P = pairs_P[np.argsort(-routing.weight_TK.ravel()[pairs_P], kind="stable")]
     elif overflow.keep == "random":
@@ -234,7 +255,7 @@ def _decide(
     shape = routing.expert_TK.shape
     expert_TK = expert_N.reshape(shape)
     weight_TK, mass_T = routing.weight_TK, np.zeros(shape[0])
-    dropped_TK = expert_TK < 0
+    dropped_TK = (expert_TK < 0) & (state_N.reshape(shape) != PairState.LOCAL)
     rows = np.flatnonzero(((expert_TK != routing.expert_TK) & ~dropped_TK).any(axis=1))
     if len(rows):
         assert routing.score_TE is not None, "only next_expert replaces experts"

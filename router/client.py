@@ -7,6 +7,7 @@ from types import TracebackType
 
 import grpc.aio
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -73,6 +74,7 @@ class RouterClient:
         *,
         timeout_s: float | None = None,
         routing: Routing | None = None,
+        token_ids_T: npt.NDArray[np.int64] | None = None,
         overflow: router_pb2.OverflowPolicy | None = None,
         return_routing: bool = False,
     ) -> Answer:
@@ -83,6 +85,7 @@ class RouterClient:
             x_TD: [T, D] float32, bfloat16 or float16.
             timeout_s: seconds the answer may take; None for the router's default.
             routing: experts and weights to use instead of the model's gate.
+            token_ids_T: of the tokens, for layers whose gate looks experts up by them (`describe` names them).
             overflow: fields that replace the operator's overflow policy for this request.
             return_routing: also return the effective routing.
 
@@ -97,6 +100,7 @@ class RouterClient:
             timeout_s=timeout_s or 0.0,
             overflow=overflow,
             return_routing=return_routing,
+            token_ids=b"" if token_ids_T is None else np.ascontiguousarray(token_ids_T, dtype=np.int64).tobytes(),
         )
         if routing is not None:
             head.routing.CopyFrom(routing_to_proto(routing))

@@ -9,7 +9,6 @@ Shapes: T tokens, D model dim, R rows of one partial.
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 FloatArray = npt.NDArray[np.float32]
 FEW_ROWS = 64  # scattered rows from which torch's one pass beats numpy's gather, add and scatter
@@ -70,18 +69,3 @@ class RoutedSum:
         if self._y_TD is None:
             return np.zeros((end - first, self._shape[1]), dtype=np.float32)
         return self._y_TD[first:end]
-
-
-def finish(y_TD: FloatArray, shared_TD: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-    """The block's output: routed sum plus shared expert, added in fp32, rounded once to the request's dtype.
-
-    Args:
-        y_TD: sum of all partials.
-        shared_TD: output of the shared expert, None where the model has none.
-        dtype: of the hidden states the request sent.
-    """
-    if shared_TD is not None:
-        y_TD = y_TD + shared_TD.float().numpy()
-    # torch has no read-only tensors: a sum that is still in its message's memory is copied.
-    output_TD = torch.from_numpy(y_TD if y_TD.flags.writeable else y_TD.copy())
-    return output_TD if dtype is torch.float32 else output_TD.to(dtype)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos.model import ModelSpec
+from router.around import Around
 from router.config import RouterConfig
 from router.gate import Gate
 from router.shared import SharedExpert
@@ -30,6 +31,7 @@ class LayerContext:
     config: RouterConfig
     gates: Mapping[str, Gate]
     shared: Mapping[str, SharedExpert]
+    around: Mapping[str, Around]
     snapshot: PlacementSnapshot
     transport: Transport
     rng: np.random.Generator

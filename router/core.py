@@ -23,6 +23,7 @@ from protos.codec import WIRE_DTYPES
 from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest
 from protos.loops import compute_executor, keep_freed_memory, limit_torch_threads
 from protos.model import ModelSpec
+from router.around import Around
 from router.config import OverflowConfig, RouterConfig
 from router.context import LayerContext
 from router.gate import Gate, Routing
@@ -72,13 +73,15 @@ class Router:
         self.config = config
         self.snapshot = PlacementSnapshot(empty_table(spec.num_experts))
         checkpoint = Checkpoint(spec)
-        self._gates = {layer: Gate(spec.gate, checkpoint.gate(layer)) for layer in spec.layers}
+        self._gates: dict[str, Gate] = {}
         self._shared: dict[str, SharedExpert] = {}
-        if spec.shared is not None:
-            for layer in spec.layers:
-                weights = checkpoint.shared(layer)
-                assert weights is not None, "the spec says that every layer has a shared expert"
-                self._shared[layer] = SharedExpert(spec.shared, weights)
+        self._around: dict[str, Around] = {}
+        for layer, block in spec.blocks.items():
+            self._gates[layer] = Gate(block.gate, checkpoint.gate(layer))
+            self._around[layer] = Around(block, checkpoint.around(layer))
+            weights = checkpoint.shared(layer)
+            if block.shared is not None and weights is not None:
+                self._shared[layer] = SharedExpert(block.shared, weights)
         self._on_server_lost = on_server_lost or (lambda server_id, reason: None)
         self._demand = {layer: np.zeros(spec.num_experts, dtype=np.int64) for layer in spec.layers}
         self._totals = LedgerTotals()
@@ -101,6 +104,7 @@ class Router:
             config=self.config,
             gates=self._gates,
             shared=self._shared,
+            around=self._around,
             snapshot=self.snapshot,
             transport=self._transport,
             rng=np.random.default_rng(),
@@ -139,6 +143,7 @@ class Router:
         *,
         timeout_s: float | None = None,
         routing: Routing | None = None,
+        token_ids_T: npt.NDArray[np.int64] | None = None,
         overflow: OverflowConfig | None = None,
         return_routing: bool = False,
     ) -> Result:
@@ -162,6 +167,7 @@ class Router:
             x_TD,
             timeout_s=timeout_s or 0.0,
             routing=routing,
+            token_ids_T=token_ids_T,
             overflow=overflow or self.config.overflow,
             return_routing=return_routing,
             answer=answer,
@@ -179,6 +185,7 @@ class Router:
         *,
         timeout_s: float,
         routing: Routing | None,
+        token_ids_T: npt.NDArray[np.int64] | None,
         overflow: OverflowConfig,
         return_routing: bool,
         answer: Callable[[Result | ExpertmeshError], None],
@@ -192,8 +199,16 @@ class Router:
         if layer not in self._gates:
             raise InvalidRequest(f"layer {layer!r} is not a MoE layer of this model {list(self.spec.layers)}")
         self._check_states(x_TD)
+        block = self.spec.blocks[layer]
         if routing is not None:
-            self._check_routing(routing, num_tokens=x_TD.shape[0])
+            self._check_routing(routing, num_tokens=x_TD.shape[0], num_choices=block.gate.num_choices)
+        elif block.gate.needs_token_ids:
+            self._gates[layer].check_token_ids(token_ids_T, x_TD.shape[0])
+        if overflow.renormalize and block.form.weighs_input:
+            raise InvalidRequest(
+                f"overflow.renormalize is true: layer {layer} multiplies gate weights with the experts' inputs, where "
+                "they cannot be scaled after the fact"
+            )
         if not 0 <= timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_s is {timeout_s}, it must be a finite number of seconds >= 0")
         loop = asyncio.get_running_loop()
@@ -208,6 +223,7 @@ class Router:
             x_TD=x_TD,
             overflow=overflow,
             routing=routing,
+            token_ids_T=token_ids_T if block.gate.needs_token_ids else None,
             return_routing=return_routing,
             arrived_s=now_s,
             deadline_s=now_s + (timeout_s or self.config.default_timeout_s),
@@ -257,8 +273,8 @@ class Router:
             row = int((~torch.isfinite(x_TD).all(dim=1)).nonzero()[0])
             raise InvalidRequest(f"x has a NaN or inf in row {row} (of 0..{x_TD.shape[0] - 1})")
 
-    def _check_routing(self, routing: Routing, *, num_tokens: int) -> None:
-        expert_TK, weight_TK, limit = routing.expert_TK, routing.weight_TK, self.spec.num_experts
+    def _check_routing(self, routing: Routing, *, num_tokens: int, num_choices: int) -> None:
+        expert_TK, weight_TK, limit = routing.expert_TK, routing.weight_TK, num_choices
         if expert_TK.shape != weight_TK.shape or len(expert_TK) != num_tokens or not 1 <= expert_TK.shape[1] <= limit:
             raise InvalidRequest(
                 f"routing has expert_ids {list(expert_TK.shape)} and gate_weights {list(weight_TK.shape)}, "

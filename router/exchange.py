@@ -21,7 +21,7 @@ from protos import expert_pb2
 from protos.codec import WIRE_DTYPES, words_of
 from protos.errors import ExpertmeshError, NoCopy, Overloaded
 from router.capacity import CapacityDecision, PairState, overflow_refused, tally
-from router.combine import RoutedSum, finish
+from router.combine import RoutedSum
 from router.context import LayerContext
 from router.dispatch import Dispatch, plan_dispatch, split_rows
 from router.gate import Routing
@@ -73,8 +73,10 @@ class Exchange:
         self._routing = routing
         self._decision = decision
         self._top_k = routing.expert_TK.shape[1]
-        self._sum = RoutedSum(*batch.x_TD.shape)
-        self._words_TD: Any = words_of(batch.x_TD)
+        self._around = context.around[batch.layer]
+        self._x_TL = self._around.enter(batch.x_TD)  # the rows that travel
+        self._sum = RoutedSum(*self._x_TL.shape)
+        self._words_TL: Any = words_of(self._x_TL)
         self._shared_TD: Tensor | None = None
         self._inbox = Inbox()
         self._in_flight: dict[int, _Sent] = {}  # by id(sent)
@@ -96,9 +98,9 @@ class Exchange:
         offsets = batch.offsets
         self._left = [(end - start) * self._top_k + 1 for start, end in pairwise(offsets)]
         if not self._plain:
-            dropped_T = (decision.state_TK == PairState.DROPPED).sum(axis=1)
-            for i, dropped in enumerate(np.add.reduceat(dropped_T, offsets[:-1]).tolist()):
-                self._left[i] -= dropped
+            done_T = np.isin(decision.state_TK, (PairState.DROPPED, PairState.LOCAL)).sum(axis=1)
+            for i, done in enumerate(np.add.reduceat(done_T, offsets[:-1]).tolist()):
+                self._left[i] -= done
         self._sent_s = time.monotonic()
 
     async def run(self) -> None:
@@ -146,7 +148,7 @@ class Exchange:
             excluded_S=self._excluded_mask(),
             capacity=self._decision.capacity,
         )
-        max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._batch.x_TD))
+        max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._x_TL))
         timeout_s = self._deadline_s() - time.monotonic()
         for dispatch in plan.dispatches:
             link = links[table.servers[dispatch.server].server_id]
@@ -156,7 +158,7 @@ class Exchange:
             self._place_nowhere(plan.unplaced_P)
 
     def _send_block(self, block: Dispatch, link: ServerLink, timeout_s: float) -> None:
-        x_TD, dtype = self._batch.x_TD, WIRE_DTYPES[self._batch.x_TD.dtype]
+        x_TL, dtype = self._x_TL, WIRE_DTYPES[self._x_TL.dtype]
         partial_dtype = dtype if self._context.config.partial_dtype == "model" else WIRE_DTYPES[torch.float32]
         epoch = self._table.epoch
         head = expert_pb2.ComputeRequest(
@@ -170,19 +172,17 @@ class Exchange:
             pair_expert=block.pair_expert_P.tobytes(),
             pair_weight=block.pair_weight_P.tobytes(),
         )
-        words_RD = self._words_TD if len(block.row_R) == len(x_TD) else self._words_TD[block.row_R]
+        words_RL = self._words_TL if len(block.row_R) == len(x_TL) else self._words_TL[block.row_R]
         sent = _Sent(dispatch=block, link=link, epoch=epoch, call_id=0)
         self._in_flight[id(sent)] = sent
         self._context.snapshot.hold(epoch)
-        sent.call_id = link.send(head, memoryview(words_RD).cast("B"), dim=x_TD.shape[1], inbox=self._inbox, tag=sent)
+        sent.call_id = link.send(head, memoryview(words_RL).cast("B"), dim=x_TL.shape[1], inbox=self._inbox, tag=sent)
 
     async def _compute_shared(self) -> None:
         """The shared expert, while the routed rows are away; then every request waits for its pairs only."""
         shared = self._context.shared.get(self._batch.layer)
         if shared is not None:
-            spec = self._context.spec.shared
-            assert spec is not None, "a layer has a shared expert only if the model has"
-            x_TD, flops = self._batch.x_TD, self._batch.x_TD.numel() * spec.hidden_dim * 3
+            x_TD, flops = self._batch.x_TD, self._batch.x_TD.numel() * shared.spec.hidden_dim * 3
             self._shared_TD = await self._context.compute(lambda: shared(x_TD), flops=flops)
         self._left = [left - 1 for left in self._left]
         self._answer_finished()
@@ -375,19 +375,17 @@ class Exchange:
         )
         if not self._plain:
             counts = tally(decision, self._routing, rows)
-            for name in ("computed", "copied", "waited", "rerouted", "dropped", "dropped_gate_mass"):
+            for name in ("pairs", "computed", "copied", "waited", "rerouted", "dropped", "dropped_gate_mass"):
                 setattr(ledger, name, getattr(counts, name))
-        y_TD, weight_TK = self._sum.rows(first, end), self._weight_TK[rows]
+        y_TL, expert_TK, weight_TK = self._sum.rows(first, end), decision.expert_TK[rows], self._weight_TK[rows]
         if self._scale_T is not None:
             scale_T1 = self._scale_T[rows, None]
-            y_TD, weight_TK = y_TD * scale_T1, weight_TK * scale_T1
+            y_TL, weight_TK = y_TL * scale_T1, weight_TK * scale_T1
         shared_TD = None if self._shared_TD is None else self._shared_TD[rows]
         return Result(
-            y_TD=finish(y_TD, shared_TD, dtype=request.x_TD.dtype),
+            y_TD=self._around.leave(y_TL, request.x_TD, shared_TD, expert_TK=expert_TK, weight_TK=weight_TK),
             ledger=ledger,
-            routing=Routing(expert_TK=decision.expert_TK[rows], weight_TK=weight_TK)
-            if request.return_routing
-            else None,
+            routing=Routing(expert_TK=expert_TK, weight_TK=weight_TK) if request.return_routing else None,
         )
 
     def _fail(self, pairs_P: IndexArray, error: ExpertmeshError) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ class Request:
     x_TD: Tensor
     overflow: OverflowConfig
     routing: Routing | None
+    token_ids_T: npt.NDArray[np.int64] | None
     return_routing: bool
     arrived_s: float
     deadline_s: float

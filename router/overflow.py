@@ -24,6 +24,7 @@ class PairState(IntEnum):
     DROPPED = 4  # left out
     FAILED = 5  # its request fails
     ABSENT = 6  # its expert has no live copy: waits for a new placement
+    LOCAL = 7  # needs no server: an identity expert, or a choice that the model's own capacity left out
 
 
 class Walk:

@@ -14,7 +14,7 @@ import grpc.aio
 import torch
 
 from protos import router_pb2
-from protos.codec import WIRE_DTYPES, decode, encode, read_tensor, tensor_bytes
+from protos.codec import WIRE_DTYPES, decode, encode, read_longs, read_tensor, tensor_bytes
 from protos.errors import Draining, ExpertmeshError, InvalidRequest, to_proto
 from protos.loops import LoopThread
 from protos.model import ModelSpec
@@ -180,6 +180,7 @@ class RouterServer:
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             layers=spec.layers,
+            token_id_layers=[layer for layer, block in spec.blocks.items() if block.gate.needs_token_ids],
             max_request_tokens=config.max_request_tokens,
             epoch=self._router.snapshot.table.epoch,
             overflow=router_pb2.OverflowPolicy(
@@ -226,6 +227,7 @@ class RouterServer:
             x_TD,
             timeout_s=head.timeout_s,
             routing=routing_from_proto(head.routing, head.num_tokens) if head.HasField("routing") else None,
+            token_ids_T=read_longs(head.token_ids, name="token_ids", count=head.num_tokens) if head.token_ids else None,
             overflow=self._overflow(head),
             return_routing=head.return_routing,
             answer=answer,

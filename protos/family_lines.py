@@ -1,0 +1,90 @@
+"""The lines that MoE families descend from: the rows that `families.py` varies.
+
+What the options mean is in model.py, how rows are read in configfile.py.
+"""
+
+from dataclasses import replace
+
+from protos.settings import WIDTH, Family, SharedRow, Variant, key, need
+
+# ---------------------------------------------------------------- softmax over all experts (Mixtral, Qwen)
+
+MIXTRAL = Family(hidden_dim=WIDTH, renorm=True)  # weights stay fp32; jitter is for training only
+QWEN = Family(weight_dtype="model", renorm=key("norm_topk_prob", default=False))
+QWEN_NORMED = replace(QWEN, renorm=key("norm_topk_prob", default=True))
+QWEN_SHARED = SharedRow(gated=True, width=need("shared_expert_intermediate_size"))
+OLMOE = replace(QWEN, hidden_dim=WIDTH)
+
+# ---------------------------------------------------------------- DeepSeek
+
+SHARED = SharedRow(count=key("n_shared_experts", "num_shared_experts", default=1))
+V2 = Family(
+    logits_dtype="float32",
+    scale=key("routed_scaling_factor", default=1.0),
+    shared=replace(SHARED, count=key("n_shared_experts", default=2)),
+    ignored=frozenset({"norm_topk_prob", "n_group", "topk_group"}),  # greedy does not look at the groups
+    variants=(
+        Variant(
+            setting=key("topk_method", default="greedy"),
+            values={
+                "greedy": {},
+                "group_limited_greedy": {
+                    "num_groups": need("n_group"),
+                    "top_groups": need("topk_group"),
+                    "group_score": "max",
+                    "excluded": "zero",
+                },
+            },
+        ),
+        Variant(setting=key("scoring_func", default="softmax"), values={"softmax": {}}),
+    ),
+)
+V3 = Family(
+    score="sigmoid",
+    logits_dtype="float32",
+    selection_bias=True,
+    num_groups=key("n_group", "num_expert_group", default=8),
+    top_groups=key("topk_group", default=4),
+    renorm=key("norm_topk_prob", "moe_renormalize", default=True),
+    renorm_eps=1e-20,
+    scale=key("routed_scaling_factor", "route_scale", default=2.5),
+    shared=SHARED,
+    variants=(
+        Variant(setting=key("topk_method", default="noaux_tc"), values={"noaux_tc": {}}),
+        Variant(setting=key("scoring_func", "score_function", default="sigmoid"), values={"sigmoid": {}}),
+    ),
+)
+V3_UNGROUPED = replace(
+    V3, num_groups=key("n_group", "num_expert_group", default=1), top_groups=key("topk_group", default=1)
+)
+GLM4 = replace(V3_UNGROUPED, scale=key("routed_scaling_factor", default=1.0))
+CLAMPED_V3 = replace(V3_UNGROUPED, glu="clamped", limit=key("swiglu_limit", default=10.0))
+SQRT_SOFTPLUS = Variant(
+    setting=key("scoring_func", default="sqrtsoftplus"),
+    values={"sqrtsoftplus": {"score": "sqrt_softplus"}, "sigmoid": {"score": "sigmoid"}, "softmax": {}},
+)
+
+# ---------------------------------------------------------------- logits first, then a function of the chosen
+
+GRANITE = Family(hidden_dim=WIDTH, score="logits", chosen="softmax", weight_dtype="model")
+GPT_OSS = replace(
+    GRANITE,
+    score_dtype="model",
+    logit_bias=True,
+    glu="gpt_oss",
+    activation="silu",
+    biases=True,
+    limit=key("swiglu_limit", default=7.0),
+    alpha=key("swiglu_alpha", default=1.702),
+    interleaved=True,
+)
+GEMMA4 = Family(
+    input_norm=True,
+    renorm=True,
+    per_expert_scale=True,
+    activation=key("hidden_activation", default="gelu_pytorch_tanh"),
+)
+
+# ---------------------------------------------------------------- MiniMax-M2: sigmoid without an epsilon
+
+MINIMAX_M2 = Family(hidden_dim=WIDTH, score="sigmoid", selection_bias=True, renorm=True)
