@@ -35,9 +35,11 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": replace(QWEN, shared=QWEN_SHARED),
     "qwen3_moe": QWEN,
     "qwen3_next": replace(QWEN_NORMED, shared=QWEN_SHARED),
+    "qwen4_exp": replace(QWEN_NORMED, shared=QWEN_SHARED),
     "qwen3_5_moe": replace(QWEN, renorm=True, shared=QWEN_SHARED),
     "qwen3_vl_moe": replace(QWEN, renorm=True),
     "qwen3_omni_moe": QWEN_NORMED,  # the thinker
+    "mellum": QWEN_NORMED,
     "olmoe": OLMOE,
     "flex_olmo": OLMOE,
     "jamba": replace(OLMOE, renorm=False),
@@ -121,18 +123,21 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "glm4_moe": GLM4,
     "glm4v_moe": GLM4,
+    "solar_open": GLM4,
     "glm4_moe_lite": replace(GLM4, scale=key("routed_scaling_factor", default=1.8)),
     "glm_moe_dsa": V3_UNGROUPED,
     "dots1": replace(
         GLM4, renorm=key("norm_topk_prob", default=False), shared=replace(SHARED, count=need("n_shared_experts"))
     ),
     "dots3_note": replace(GLM4, shared=replace(SHARED, width=need("shared_experts_intermediate_size"))),
+    "exaone_moe": V3_UNGROUPED,
     "glm5_next": CLAMPED_V3,
     "hy_v4": replace(
         CLAMPED_V3,
         scale=key("routed_scaling_factor", default=2.827),
         shared=replace(SHARED, limit=inf),
     ),
+    "kimi_linear": replace(V3_UNGROUPED, scale=key("routed_scaling_factor", default=2.446)),
     "mimo_v2_flash": replace(GLM4, shared=None),
     "nemotron_h": replace(
         GLM4,
