@@ -149,7 +149,7 @@ def linear(x_RN: Tensor, weight: Matrix, bias_O: Tensor | None = None) -> Tensor
     if padding := weight.padded_shape[1] - in_features:
         x_RN = F.pad(x_RN, (0, padding))
     y_RO = _kernel(x_RN, weight) if _has_kernel(x_RN, weight) else _unpacked_gemm(x_RN, weight)
-    y_RO = y_RO[:, :out_features]
+    y_RO = y_RO[:, :out_features].contiguous()
     return y_RO if bias_O is None else y_RO + bias_O
 
 
@@ -188,8 +188,8 @@ def _scale(exact: Tensor) -> Tensor:
 def _has_kernel(x_RN: Tensor, weight: PackedMatrix) -> bool:
     """Whether torch's packed kernel is the faster way, and a safe one.
 
-    The kernels are vectorised for bf16 alone: with fp32 activations they are up to 100 times slower. The int8 kernel
-    reads and writes out of bounds when 16 does not divide N.
+    The kernels are vectorised for bf16 alone: with fp32 activations they are 3 to 100 times slower. The int8 kernel
+    runs out of bounds when 16 does not divide N.
     """
     if weight.device.type != "cpu" or x_RN.dtype is not torch.bfloat16:
         return False
@@ -228,9 +228,8 @@ def _unpacked_gemm(x_RN: Tensor, weight: PackedMatrix) -> Tensor:
     for start, end, block_ON in _unpack(weight, gemm_dtype, _block_elements(weight, len(x_RN))):
         torch.mm(x_RN, block_ON.t(), out=y_RO[:, start:end])
     if (row_scale_O := _row_scale(weight)) is not None:
-        y_RO.mul_(
-            row_scale_O.to(gemm_dtype)
-        )  # int8 and e4m3 are exact in bf16: one rounding fewer than before the GEMM
+        # After the GEMM: int8 and e4m3 codes are exact in bf16, scaled weights would be rounded.
+        y_RO.mul_(row_scale_O.to(gemm_dtype))
     return y_RO.to(weight.dtype)
 
 
@@ -244,26 +243,21 @@ def _unpack(weight: PackedMatrix, dtype: torch.dtype, block_elements: int) -> It
     """Row blocks (start, end, weight[start:end]) with their padding, not yet times `_row_scale`. One buffer for all."""
     rows, columns = weight.padded_shape
     step = min(_block_rows(columns, block_elements), rows)
-    buffer = torch.empty(step * columns, dtype=dtype, device=weight.device)
-    wide = buffer
-    if dtype is not torch.float32 and weight.weight_dtype != "int8":
-        wide = torch.empty(step * columns, dtype=torch.float32, device=weight.device)
+    buffer_dtype = dtype if weight.weight_dtype == "int8" else torch.float32
+    buffer = torch.empty(step * columns, dtype=buffer_dtype, device=weight.device)
     for start in range(0, rows, step):
         end = min(start + step, rows)
-        size = (end - start) * columns
+        block = buffer[: (end - start) * columns]
         if weight.weight_dtype == "int4":
-            block_NO = wide[:size].view(columns, end - start)
-            _unpack_groups(weight, start, end, block_NO)
-            yield start, end, (block_NO if wide is buffer else buffer[:size].view_as(block_NO).copy_(block_NO)).t()
+            block_ON = _unpack_groups(weight, start, end, block.view(columns, end - start))
         else:
-            block_ON = wide[:size].view(end - start, columns)
-            block_ON.copy_(
-                weight.codes[start:end] if weight.weight_dtype == "int8" else _halves(weight.codes[start:end])
-            )
-            yield start, end, block_ON if wide is buffer else buffer[:size].view_as(block_ON).copy_(block_ON)
+            codes_ON = weight.codes[start:end]
+            block_ON = block.view(codes_ON.shape)
+            block_ON.copy_(codes_ON if weight.weight_dtype == "int8" else _halves(codes_ON))
+        yield start, end, block_ON.to(dtype)
 
 
-def _unpack_groups(weight: PackedMatrix, start: int, end: int, block_NO: Tensor) -> None:
+def _unpack_groups(weight: PackedMatrix, start: int, end: int, block_NO: Tensor) -> Tensor:
     groups = weight.scales.shape[0]
     codes = weight.codes[start // _TILE : end // _TILE].transpose(0, 1)
     halves = block_NO.view(block_NO.shape[0], -1, 2, _TILE // 2)
@@ -273,11 +267,14 @@ def _unpack_groups(weight: PackedMatrix, start: int, end: int, block_NO: Tensor)
     offset_GO = zero_GO - 8 * scale_GO
     block_GgO = block_NO.view(groups, -1, end - start)
     torch.addcmul(offset_GO[:, None], block_GgO, scale_GO.contiguous()[:, None], out=block_GgO)
+    return block_NO.t()
 
 
 def _halves(codes: Tensor) -> Tensor:
-    """e4m3 values times 2**-8 in fp16, subnormals too: the same bits behind a wider exponent. (torch's own conversion
-    goes element by element on a CPU and takes six times as long.)"""
+    """e4m3 values times 2**-8 in fp16, subnormals too: the same bits behind a wider exponent.
+
+    torch's own conversion goes element by element on a CPU and makes a product six times as long.
+    """
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)
     return bits.view(torch.float16)
 
