@@ -19,7 +19,14 @@ from torch import Tensor
 from protos.checkpoint import GateWeights
 from protos.errors import InvalidRequest
 from protos.model import GateSpec
-from router.selection import limit_capacity, mask_groups, sparsemixer, sparsemixer_weights
+from router.selection import (
+    capacity_choice,
+    capacity_weights,
+    limit_capacity,
+    mask_groups,
+    sparsemixer,
+    sparsemixer_weights,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,17 +111,17 @@ class Gate:
         elif spec.selection == "hash":
             index_TK = self._look_up(token_ids_T, len(x_TD))
             weight_TK = self._weights(score_TE.gather(1, index_TK), index_TK)
+        elif spec.capacity is not None:
+            index_TK = capacity_choice(score_TE, spec.top_k, self._model_dtype)
+            score_TE = score_TE.to(self._model_dtype)  # which is what weights are made of
+            weight_TK, index_TK = limit_capacity(score_TE, index_TK, spec.capacity, offsets or [0, len(x_TD)])
         else:
             # The families with a selection bias ask for the chosen in no particular order. The set is the same either
             # way, but the order decides how the sum below is rounded.
             value_TK, index_TK = torch.topk(choice_TE, spec.top_k, dim=-1, sorted=self._bias_E is None)
             if choice_TE is not score_TE:
                 value_TK = score_TE.gather(1, index_TK)
-            if spec.capacity is not None:
-                value_TK = value_TK.to(self._model_dtype)  # as transformers does before it renormalises
-                weight_TK, index_TK = limit_capacity(value_TK, index_TK, spec, offsets or [0, len(x_TD)])
-            else:
-                weight_TK = self._weights(value_TK, index_TK)
+            weight_TK = self._weights(value_TK, index_TK)
         return Routing(
             expert_TK=index_TK.numpy().astype(np.int32),
             weight_TK=weight_TK.float().numpy(),
@@ -136,6 +143,12 @@ class Gate:
         if self.spec.selection == "sparsemixer":
             weight_TK = sparsemixer_weights(scores_TE, index_TK, self.spec.jitter).masked_fill_(absent_TK, 0.0)
             return weight_TK.float().numpy()
+        if self.spec.capacity is not None:
+            return (
+                capacity_weights(scores_TE.to(self._model_dtype), index_TK, ~absent_TK, self.spec.capacity)
+                .float()
+                .numpy()
+            )
         # Functions of the chosen logits see an absent one as minus infinity: probability 0.
         nothing = float("-inf") if self.spec.chosen != "score" else 0.0
         chosen_TK = scores_TE.gather(1, index_TK).masked_fill_(absent_TK, nothing)
