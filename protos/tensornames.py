@@ -23,6 +23,7 @@ STACKS: Mapping[str, str] = dict.fromkeys(
         "backbone.",
         "transformer.",
         "thinker.model.",
+        "thinker.model.language_model.",
         "model.llm.",
     ),
     "",
