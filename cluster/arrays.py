@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +24,21 @@ def read_states(path: Path, key: str, *, dim: int) -> Tensor:
     x_TD = _read(path, (key,))[key]
     check_states(x_TD, name=f"{path}: {key}", dim=dim)
     return x_TD
+
+
+def read_token_ids(path: Path, num_tokens: int) -> npt.NDArray[np.int64]:
+    """The token ids [T] stored under `token_ids`.
+
+    Raises:
+        InvalidRequest: no such key, no integers, or not one per token.
+    """
+    ids_T = _read(path, ("token_ids",))["token_ids"]
+    if ids_T.dtype not in (torch.int64, torch.int32) or ids_T.shape != (num_tokens,):
+        raise InvalidRequest(
+            f"{path}: token_ids has dtype {ids_T.dtype} and shape {list(ids_T.shape)}, expected int64 [{num_tokens}]"
+        )
+    found_T: npt.NDArray[np.int64] = ids_T.to(torch.int64).numpy()
+    return found_T
 
 
 def read_trace(path: Path, layers: tuple[str, ...], *, dim: int) -> dict[str, Tensor]:

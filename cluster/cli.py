@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -64,7 +64,16 @@ def layer(
 
 
 @app.command()
-def verify(model: Model, *, router: Router = None, as_json: Json = False) -> None:
+def verify(
+    model: Model,
+    *,
+    router: Router = None,
+    weight_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="pack the experts as int8, int4 or fp8, or say that the router's are"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Compare every MoE layer with transformers' own on random inputs; status 1 beyond tolerance."""
     with output(as_json=as_json) as out:
         _check_address(router)
@@ -75,8 +84,9 @@ def verify(model: Model, *, router: Router = None, as_json: Json = False) -> Non
             run_verify(
                 spec,
                 router=router,
+                weight_dtype=_weight_dtype(weight_dtype),
                 on_layer=lambda error, tolerance: out.line(
-                    f"layer {error.layer:>3}  max relative error {error.error:.2e}  "
+                    f"layer {error.layer:>3}  max relative error {error.error:.2e}  rms {error.rms_error:.2e}  "
                     f"{'ok' if error.error <= tolerance else f'BEYOND {tolerance:.0e}'}"
                 ),
             )
@@ -90,6 +100,35 @@ def verify(model: Model, *, router: Router = None, as_json: Json = False) -> Non
             raise CommandError(
                 f"largest relative error {document['largest_error']:.2e} exceeds {document['tolerance']:.0e}"
             )
+
+
+@app.command()
+def describe(
+    model: Model,
+    *,
+    servers: Annotated[int | None, typer.Option(metavar="N", help="plan so many; default: 1, 2, 4 to 32")] = None,
+    budget_bytes: Annotated[int | None, typer.Option(metavar="B", help="each server's memory for copies")] = None,
+    weight_dtype: Annotated[Literal["compute", "int8", "int4", "fp8"], typer.Option(help="in memory")] = "compute",
+    compute_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="default: float32 for float32 models, else bfloat16")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model is, without reading weights: layers, gate in words, bytes, what N servers would hold."""
+    with output(as_json=as_json) as out:
+        from cluster.describe import SERVER_COUNTS, describe_model
+        from cluster.describe_view import describe_lines
+        from cluster.models import find_model
+
+        document = describe_model(
+            find_model(model),
+            servers=SERVER_COUNTS if servers is None else (servers,),
+            budget_bytes=budget_bytes,
+            weight_dtype=weight_dtype,
+            compute_dtype=compute_dtype,
+        )
+        out.document(document)
+        out.line("\n".join(describe_lines(document)))
 
 
 @app.command()
@@ -276,6 +315,18 @@ def _check_address(address: str | None) -> None:
     match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", address or "localhost:1")
     if match is None or not 1 <= int(match[1]) <= 65535:
         raise bad_input(f"--router is {address!r}, expected host:port with a port of 1..65535")
+
+
+def _weight_dtype(given: str | None) -> Literal["int8", "int4", "fp8"] | None:
+    known: dict[str | None, Literal["int8", "int4", "fp8"] | None] = {
+        None: None,
+        "int8": "int8",
+        "int4": "int4",
+        "fp8": "fp8",
+    }
+    if given not in known:
+        raise bad_input(f"--weight-dtype is {given!r}, expected int8, int4 or fp8")
+    return known[given]
 
 
 def _state_dir(given: Path | None) -> Path:

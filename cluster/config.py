@@ -57,6 +57,18 @@ class PoolConfig(_Config):
     )
     settings: ExpertServerConfig = Field(default=ExpertServerConfig(), description="how one expert server works")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weight_dtype_beside_the_settings(cls, data: Any) -> Any:
+        """`experts.weight_dtype` is short for `experts.settings.weight_dtype`: it decides the size of the fleet."""
+        if not isinstance(data, dict) or "weight_dtype" not in data:
+            return data
+        settings = data.get("settings") or {}
+        if not isinstance(settings, dict) or settings.get("weight_dtype", data["weight_dtype"]) != data["weight_dtype"]:
+            raise ValueError("weight_dtype is given here and, with another value, in settings")
+        rest = {name: value for name, value in data.items() if name != "weight_dtype"}
+        return rest | {"settings": settings | {"weight_dtype": data["weight_dtype"]}}
+
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
         if self.max_servers < self.min_servers:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cluster.reference import load_reference, moe_block
+from cluster.reference import Reference, load_reference
 from protos.errors import InvalidRequest
 from protos.model import ModelSpec
 
@@ -28,7 +28,7 @@ def record_states(spec: ModelSpec, texts: Mapping[str, Path], *, max_tokens: int
         InvalidRequest: a text cannot be read or is shorter than a window.
         UnsupportedModel: transformers cannot load the model.
     """
-    model = load_reference(spec.path)
+    reference = load_reference(spec)
     from transformers import AutoTokenizer  # slow to import; load_reference has paid for it
 
     tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
@@ -42,12 +42,12 @@ def record_states(spec: ModelSpec, texts: Mapping[str, Path], *, max_tokens: int
         num_windows = min(len(tokens_N), max_tokens) // WINDOW_TOKENS
         if not num_windows:
             raise InvalidRequest(f"{path}: {len(tokens_N)} tokens, at least {WINDOW_TOKENS} are needed")
-        recorded[domain] = _read(model, spec, tokens_N[: num_windows * WINDOW_TOKENS].view(num_windows, -1))
+        recorded[domain] = _read(reference, spec, tokens_N[: num_windows * WINDOW_TOKENS].view(num_windows, -1))
     return recorded
 
 
 @torch.inference_mode()
-def _read(model: nn.Module, spec: ModelSpec, tokens_WN: Tensor) -> dict[str, Tensor]:
+def _read(reference: Reference, spec: ModelSpec, tokens_WN: Tensor) -> dict[str, Tensor]:
     """What each MoE block receives, W windows of N tokens after each other."""
     caught: dict[str, list[Tensor]] = {layer: [] for layer in spec.layers}
     hooks = []
@@ -56,10 +56,10 @@ def _read(model: nn.Module, spec: ModelSpec, tokens_WN: Tensor) -> dict[str, Ten
         def catch(block: nn.Module, args: tuple[Tensor, ...], kept: list[Tensor] = caught[layer]) -> None:
             kept.append(args[0].reshape(-1, spec.dim).clone())
 
-        hooks.append(moe_block(model, layer).register_forward_pre_hook(catch))
+        hooks.append(reference.block(layer).register_forward_pre_hook(catch))
     try:
         for batch_BN in torch.split(tokens_WN, WINDOWS_PER_BATCH):
-            model.get_submodule("model")(input_ids=batch_BN, use_cache=False)  # without the head: no logits
+            reference.model.get_submodule("model")(input_ids=batch_BN, use_cache=False)  # without the head: no logits
     finally:
         for hook in hooks:
             hook.remove()

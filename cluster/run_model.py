@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cluster.arrays import read_states, read_trace, write_arrays
+from cluster.arrays import read_states, read_token_ids, read_trace, write_arrays
 from cluster.checking import Checker
 from cluster.loadgen import LoadGenerator, report
 from cluster.local_layer import LocalLayer
 from cluster.patterns import Pattern
 from cluster.reference import load_reference
 from cluster.traffic import DrawnTraffic, TraceTraffic, Traffic
-from cluster.verify import TOLERANCE, LayerError, verify_layers
+from cluster.verify import LayerError, tolerance_of, verify_layers
+from experts.packed import WeightDtype
 from protos.checkpoint import read_model
 from protos.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from protos.model import ModelSpec
@@ -44,17 +46,28 @@ async def run_layer(
     if layer not in spec.layers:
         raise InvalidRequest(f"layer {layer!r} is not a MoE layer of this model ({', '.join(spec.layers)})")
     x_TD = read_states(input_path, "hidden_states", dim=spec.dim)
+    ids_T = read_token_ids(input_path, len(x_TD)) if spec.blocks[layer].gate.needs_token_ids else None
+
+    def ids_of(begin: int, count: int) -> npt.NDArray[np.int64] | None:
+        return None if ids_T is None else ids_T[begin : begin + count]
+
     began_s = time.monotonic()
     totals = LedgerTotals()
     parts: list[tuple[Tensor, Routing]] = []
     if router is None:
         local = LocalLayer(spec, layer)
-        parts = [local(x_BD) for x_BD in torch.split(x_TD, LOCAL_BLOCK_TOKENS)]
+        block_tokens = _block_tokens(spec, layer, len(x_TD), LOCAL_BLOCK_TOKENS)
+        for first in range(0, len(x_TD), block_tokens):
+            x_BD = x_TD[first : first + block_tokens]
+            parts.append(local(x_BD, token_ids_T=ids_of(first, len(x_BD))))
     else:
         async with RouterClient(router) as client:
             model = await _describe(client, spec)
-            for x_BD in torch.split(x_TD, model.max_request_tokens):
-                answer = await client.forward(layer, x_BD, return_routing=True)
+            block_tokens = _block_tokens(spec, layer, len(x_TD), model.max_request_tokens)
+            for first in range(0, len(x_TD), block_tokens):
+                x_BD = x_TD[first : first + block_tokens]
+                ids_B = ids_of(first, len(x_BD))
+                answer = await client.forward(layer, x_BD, token_ids_T=ids_B, return_routing=True)
                 assert answer.routing is not None, "it was asked for"
                 totals.add(answer.ledger, num_tokens=len(x_BD))
                 parts.append((answer.y_TD, answer.routing))
@@ -80,13 +93,28 @@ async def run_layer(
     }
 
 
+def _block_tokens(spec: ModelSpec, layer: str, num_tokens: int, limit: int) -> int:
+    """Tokens to run at once. A layer with a capacity of its own sees all of them together, or none."""
+    if spec.blocks[layer].gate.capacity is not None and num_tokens > limit:
+        raise InvalidRequest(
+            f"hidden_states has {num_tokens} tokens, limit is {limit}: the experts of layer {layer} have a capacity, "
+            "so that tokens cannot be split into requests"
+        )
+    return limit
+
+
 async def run_verify(
-    spec: ModelSpec, *, router: str | None, on_layer: Callable[[LayerError, float], None]
+    spec: ModelSpec,
+    *,
+    router: str | None,
+    weight_dtype: WeightDtype | None = None,
+    on_layer: Callable[[LayerError, float], None],
 ) -> dict[str, Any]:
     """Compare every MoE layer with transformers; `ok` says whether all are within tolerance.
 
     Args:
         router: "host:port", or None for this process.
+        weight_dtype: the experts are packed in it, here or on the router's servers; sets the tolerance.
         on_layer: called with each layer's result and the tolerance.
 
     Raises:
@@ -94,31 +122,42 @@ async def run_verify(
         InvalidRequest: the router serves another model.
         ExpertmeshError: what the router answered.
     """
-    tolerance = TOLERANCE[spec.dtype]
+    tolerance = tolerance_of(spec, weight_dtype)
     if router is None:
-        reference = load_reference(spec.path)
+        reference = load_reference(spec)
+        local: dict[str, LocalLayer] = {}  # of the layer at hand
 
-        async def compute(layer: str, x_TD: Tensor) -> Tensor:
-            return LocalLayer(spec, layer)(x_TD)[0]
+        async def compute(layer: str, x_TD: Tensor, token_ids_T: npt.NDArray[np.int64]) -> Tensor:
+            if layer not in local:
+                local.clear()
+                local[layer] = LocalLayer(spec, layer, weight_dtype=weight_dtype)
+            return local[layer](x_TD, token_ids_T=token_ids_T)[0]
 
         errors = await verify_layers(spec, reference, compute, on_layer=lambda error: on_layer(error, tolerance))
     else:
         async with RouterClient(router) as client:
             limit = (await _describe(client, spec)).max_request_tokens
-            reference = load_reference(spec.path)
+            reference = load_reference(spec)
 
-            async def compute(layer: str, x_TD: Tensor) -> Tensor:
-                return torch.cat([(await client.forward(layer, x_BD)).y_TD for x_BD in torch.split(x_TD, limit)])
+            async def compute(layer: str, x_TD: Tensor, token_ids_T: npt.NDArray[np.int64]) -> Tensor:
+                parts = []
+                for first in range(0, len(x_TD), limit):
+                    rows = slice(first, first + limit)
+                    parts.append((await client.forward(layer, x_TD[rows], token_ids_T=token_ids_T[rows])).y_TD)
+                return torch.cat(parts)
 
             errors = await verify_layers(spec, reference, compute, on_layer=lambda error: on_layer(error, tolerance))
     return {
         "model": str(spec.path),
         "family": spec.family,
         "dtype": spec.dtype,
+        "quantisation": spec.quantisation or None,
+        "weight_dtype": weight_dtype,
         "router": router,
         "tolerance": tolerance,
         "layers": [asdict(error) for error in errors],
         "largest_error": max(error.error for error in errors),
+        "largest_rms_error": max(error.rms_error for error in errors),
         "ok": all(error.error <= tolerance for error in errors),
     }
 

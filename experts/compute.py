@@ -82,19 +82,30 @@ def _one_row(
 
 
 def choose_compute_dtype(
-    wanted: str, checkpoint_dtype: torch.dtype, *, device: torch.device, dim: int, hidden_dim: int, rows: int = 64
+    wanted: str,
+    checkpoint_dtype: torch.dtype,
+    *,
+    device: torch.device,
+    dim: int,
+    hidden_dim: int,
+    packed: bool = False,
+    rows: int = 64,
 ) -> torch.dtype:
     """The dtype of the expert GEMMs.
 
     `auto` keeps fp32 checkpoints in fp32. For 16-bit checkpoints on a CPU it times one expert in both dtypes on
-    `rows` rows and takes the faster: without AMX or AVX512-BF16, bf16 GEMMs are much slower than fp32 ones.
+    `rows` rows and takes the faster: without AMX or AVX512-BF16, bf16 GEMMs are much slower than fp32 ones. Packed
+    weights are computed in bf16: only for that do packed kernels win (docs/adr/0009), and packing costs more accuracy.
 
     Args:
         wanted: "auto", "float32" or "bfloat16".
         checkpoint_dtype: of the expert tensors.
+        packed: whether the weights stay quantised in memory.
     """
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
+    if packed:
+        return torch.bfloat16
     if checkpoint_dtype == torch.float32:
         return torch.float32
     if device.type != "cpu":

@@ -89,6 +89,7 @@ class ExpertServer:
             device=device,
             dim=spec.expert_dim,
             hidden_dim=spec.hidden_dim,
+            packed=config.weight_dtype != "compute",
         )
         weight_dtype = None if config.weight_dtype == "compute" else config.weight_dtype
         self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes, weight_dtype)

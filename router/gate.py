@@ -194,7 +194,7 @@ class Gate:
     def _look_up(self, token_ids_T: npt.NDArray[np.int64] | None, num_tokens: int) -> Tensor:
         self.check_token_ids(token_ids_T, num_tokens)
         assert self._table_VK is not None, "just checked"
-        return self._table_VK[torch.from_numpy(token_ids_T)]
+        return self._table_VK[torch.tensor(token_ids_T)]  # a copy: what came over the wire is read-only
 
     def _weights(self, value_TK: Tensor, index_TK: Tensor) -> Tensor:
         """From the scores of the chosen experts to their weights, fp32. `value_TK` may be overwritten."""

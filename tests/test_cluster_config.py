@@ -75,3 +75,13 @@ def test_every_field_says_why_it_is_there() -> None:
         return found
 
     assert not silent(ClusterConfig)
+
+
+def test_weight_dtype_may_stand_beside_the_servers_settings() -> None:
+    config = parse_config({"model": "m", "experts": {"weight_dtype": "int8", "settings": {"compute_threads": 1}}})
+    assert config.experts.settings.weight_dtype == "int8"
+    assert config.experts.settings.compute_threads == 1
+    with pytest.raises(InvalidRequest, match="weight_dtype is given here and"):
+        parse_config({"model": "m", "experts": {"weight_dtype": "int8", "settings": {"weight_dtype": "fp8"}}})
+    with pytest.raises(InvalidRequest, match=r"experts\.settings\.weight_dtype.*'int2'"):
+        parse_config({"model": "m", "experts": {"weight_dtype": "int2"}})

@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from torch import Tensor
 
@@ -48,7 +50,7 @@ async def verify(cluster: Cluster, num_servers: int, num_copies: int) -> list[La
     )
     async with RouterClient(status["router"]["grpc"]) as client:
 
-        async def compute(layer: str, x_TD: Tensor) -> Tensor:
-            return (await client.forward(layer, x_TD)).y_TD
+        async def compute(layer: str, x_TD: Tensor, token_ids_T: npt.NDArray[np.int64]) -> Tensor:
+            return (await client.forward(layer, x_TD, token_ids_T=token_ids_T)).y_TD
 
-        return await verify_layers(cluster.spec, load_reference(cluster.spec.path), compute, on_layer=lambda _: None)
+        return await verify_layers(cluster.spec, load_reference(cluster.spec), compute, on_layer=lambda _: None)

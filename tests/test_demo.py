@@ -31,7 +31,7 @@ from cluster.loadgen import Sample, Tally
 from cluster.local_layer import LocalLayer
 from cluster.picture import draw
 from cluster.recording import WINDOW_TOKENS, record_states
-from cluster.reference import load_reference, moe_block, run_block
+from cluster.reference import load_reference
 from cluster.verify import relative_error
 from protos.checkpoint import read_model
 from protos.errors import InvalidRequest
@@ -222,10 +222,10 @@ def test_recorded_states_are_what_the_blocks_of_the_model_receive(tmp_path: Path
     spec = read_model(model)
     states = record_states(spec, texts, max_tokens=2 * WINDOW_TOKENS + 5)
     assert set(states) == {"german", "table"}
-    reference = load_reference(model)
+    reference = load_reference(spec)
     for layer, x_ND in states["german"].items():
         assert x_ND.shape == (2 * WINDOW_TOKENS, spec.dim)
-        expected_TD = run_block(moe_block(reference, layer), x_ND[:64])
+        expected_TD = reference.output(layer, x_ND[:64])
         assert relative_error(LocalLayer(spec, layer)(x_ND[:64])[0], expected_TD) <= 1e-5
     # The hot spot of a domain is real, and moves with the domain: what the demo is about.
     assert hottest(states["german"], spec)[0] != hottest(states["table"], spec)[0]

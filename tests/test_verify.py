@@ -3,15 +3,20 @@
 import asyncio
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.local_layer import LocalLayer
-from cluster.reference import load_reference, moe_block
+from cluster.reference import load_reference
 from cluster.run_model import run_verify
 from cluster.verify import TOKEN_COUNTS, LayerError, relative_error, verify_layers
+from experts.config import ExpertServerConfig
+from experts.packed import WeightDtype
+from experts.weights import bytes_per_copy
 from protos.checkpoint import read_model
 from protos.errors import InvalidRequest, UnsupportedModel
 from tests.mesh import mesh
@@ -48,11 +53,11 @@ async def test_a_weight_that_differs_is_found_in_its_layer(tmp_path: Path) -> No
     tensors[name] = tensors[name] * 1.001
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
 
-    async def compute(layer: str, x_TD: Tensor) -> Tensor:
+    async def compute(layer: str, x_TD: Tensor, token_ids_T: npt.NDArray[np.int64]) -> Tensor:
         return LocalLayer(spec, layer)(x_TD)[0]
 
     found: list[LayerError] = []
-    errors = await verify_layers(spec, load_reference(other), compute, on_layer=found.append)
+    errors = await verify_layers(spec, load_reference(read_model(other)), compute, on_layer=found.append)
     assert found == errors
     assert [error.layer for error in errors if error.error > 1e-5] == ["1"]
     assert errors[1].num_tokens in TOKEN_COUNTS
@@ -75,6 +80,27 @@ def test_a_router_with_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_dense_layer_has_no_block(tmp_path: Path) -> None:
-    model = load_reference(tiny_model("deepseek_v3", tmp_path / "model"))
+    reference = load_reference(read_model(tiny_model("deepseek_v3", tmp_path / "model")))
     with pytest.raises(UnsupportedModel, match="layer 0"):
-        moe_block(model, "0")
+        reference.block("0")
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4", "fp8"])
+async def test_servers_that_pack_their_experts_hold_more_and_verify_says_how_far_they_are(
+    weight_dtype: WeightDtype, tmp_path: Path
+) -> None:
+    model = tiny_model("deepseek_v3", tmp_path)
+    config = ExpertServerConfig(weight_dtype=weight_dtype)
+    with mesh(model, experts=config) as served:
+        document = await run_verify(
+            served.spec, router=served.router.address, weight_dtype=weight_dtype, on_layer=lambda error, tolerance: None
+        )
+        report = served.servers["s0"].report()
+        assert report.compute_dtype == "bfloat16"
+        assert report.bytes == len(report.copies) * bytes_per_copy(served.spec, torch.bfloat16, weight_dtype)
+        assert report.bytes < len(report.copies) * bytes_per_copy(served.spec, torch.bfloat16) * 0.9
+    assert document["ok"]
+    assert document["weight_dtype"] == weight_dtype
+    assert 1e-3 < document["largest_rms_error"] < document["tolerance"]
+    plain = await run_verify(served.spec, router=None, on_layer=lambda error, tolerance: None)
+    assert plain["largest_rms_error"] <= 1e-5

@@ -1,0 +1,31 @@
+"""Every family through a real router and two real expert servers on loopback gRPC: the block is the model's own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from router.client import RouterClient
+from tests.family_models import FAMILIES, block_output, build_family
+from tests.mesh import mesh
+
+# Refused (tests/test_refusals.py), or with a second tower that is not served.
+_NOT_SERVED = ("ernie4_5_vl_moe", "inkling", "muse_spark", "qwen3_omni_moe:talker")
+SERVED = [name for name in FAMILIES if name not in _NOT_SERVED]
+
+
+@pytest.mark.parametrize("name", SERVED)
+async def test_a_family_s_block_through_router_and_servers_is_its_own(name: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    family = build_family(name, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    with mesh(tmp_path) as served:
+        async with RouterClient(served.router.address) as client:
+            for layer in served.spec.layers:
+                for num_tokens in (1, 40):
+                    x_TD = torch.randn(num_tokens, served.spec.dim, generator=generator)
+                    ids_T = torch.randint(0, 64, (num_tokens,), generator=generator)
+                    answer = await client.forward(layer, x_TD, token_ids_T=ids_T.numpy(), return_routing=True)
+                    wanted_TD = block_output(family, layer, x_TD, ids_T)
+                    assert float((answer.y_TD - wanted_TD).abs().max() / wanted_TD.abs().max()) <= 1e-5
+                    assert answer.ledger.pairs == answer.ledger.computed
