@@ -14,4 +14,5 @@ __all__ = [
     "model",
     "router_pb2",
     "services",
+    "stored",
 ]
