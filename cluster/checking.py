@@ -17,7 +17,7 @@ from cluster.local_layer import LocalLayer
 from cluster.traffic import Work
 from cluster.verify import TOLERANCE, relative_error
 from protos.checkpoint import Checkpoint
-from protos.model import ModelSpec
+from protos.model import GateSpec, ModelSpec
 from router.client import Answer
 from router.gate import Gate, Routing
 
@@ -99,7 +99,7 @@ class Checker:
         tolerance = TOLERANCE[self._spec.dtype]
         if not error <= tolerance:
             return error, f"{where}: relative error {error:.2e} exceeds {tolerance:.0e}"
-        problem = _ledger_problem(answer)
+        problem = _ledger_problem(answer, self._spec.blocks[work.layer].gate)
         if not problem and not answer.ledger.rerouted and not answer.ledger.dropped:
             problem = self._routing_problem(work, answer.routing)
         return error, f"{where}: {problem}" if problem else ""
@@ -121,14 +121,21 @@ class Checker:
         return ""
 
 
-def _ledger_problem(answer: Answer) -> str:
+def _ledger_problem(answer: Answer, gate: GateSpec) -> str:
+    """What the counts of a ledger and the routing beside it have against each other, or ""."""
     ledger, routing = answer.ledger, answer.routing
     assert routing is not None, "a checked request asks for its routing"
     absent = int((routing.expert_TK < 0).sum())
-    if ledger.pairs != routing.expert_TK.size or ledger.pairs != ledger.computed + ledger.dropped:
+    # Choices that no server was asked for: identity experts, and what the model's own capacity left out.
+    local = int((routing.expert_TK >= gate.num_experts).sum())
+    if gate.capacity is not None:
+        local += max(absent - ledger.dropped, 0)
+        absent = min(absent, ledger.dropped)
+    pairs = routing.expert_TK.size - local
+    if ledger.pairs != pairs or ledger.pairs != ledger.computed + ledger.dropped:
         return (
             f"ledger has {ledger.pairs} pairs, {ledger.computed} computed and {ledger.dropped} dropped, "
-            f"the routing {routing.expert_TK.size} pairs"
+            f"the routing {pairs} pairs"
         )
     if absent != ledger.dropped:
         return f"ledger has {ledger.dropped} dropped pairs, the routing {absent}"

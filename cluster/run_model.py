@@ -194,6 +194,11 @@ async def run_load(
         traffic: Traffic
         if pattern.trace is not None:
             states = read_trace(pattern.trace, tuple(served.layers), dim=served.dim)
+            if unroutable := sorted(states.keys() & set(served.token_id_layers)):
+                raise InvalidRequest(
+                    f"pattern trace:{pattern.trace}: layers {', '.join(unroutable)} look their experts up by token id, "
+                    "which a trace does not hold"
+                )
             traffic = TraceTraffic(states, num_tokens=num_tokens)
         else:
             traffic = DrawnTraffic(pattern, served, num_tokens=num_tokens)

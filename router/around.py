@@ -38,6 +38,11 @@ class Around:
         scaled = self._averages or spec.output_scale != 1.0 or spec.gate.num_identity > 0
         self._plain = not (surrounded or scaled)
 
+    def projection_flops(self, num_tokens: int) -> int:
+        """Multiply-adds of one latent projection, 0 where there is none."""
+        latent_LD = self._weights.latent_in_LD
+        return 0 if latent_LD is None else num_tokens * latent_LD.numel()
+
     def enter(self, x_TD: Tensor) -> Tensor:
         """The rows that travel: `x_TD` itself, or its latent projection in the model dtype."""
         latent_LD = self._weights.latent_in_LD

@@ -35,6 +35,10 @@ from router.snapshot import PlacementSnapshot
 from router.table import PlacementTable, empty_table
 from router.transport import Transport
 
+_CANNOT_RENORMALIZE = (
+    "overflow.renormalize is true (supported for {family}: false; its gate weights multiply the experts' inputs, where "
+    "they cannot be scaled after the fact)"
+)
 LATENCY_WINDOW_S = 10.0
 RATE_WINDOW_S = 1.0
 
@@ -64,6 +68,7 @@ class Router:
 
     Raises:
         CorruptWeights: gates or shared experts cannot be read.
+        InvalidRequest: an overflow option that the model's family cannot have.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class Router:
             weights = checkpoint.shared(layer)
             if block.shared is not None and weights is not None:
                 self._shared[layer] = SharedExpert(block.shared, weights)
+        if config.overflow.renormalize and any(block.form.weighs_input for block in spec.blocks.values()):
+            raise InvalidRequest(_CANNOT_RENORMALIZE.format(family=spec.family))
         self._on_server_lost = on_server_lost or (lambda server_id, reason: None)
         self._demand = {layer: np.zeros(spec.num_experts, dtype=np.int64) for layer in spec.layers}
         self._totals = LedgerTotals()
@@ -205,10 +212,7 @@ class Router:
         elif block.gate.needs_token_ids:
             self._gates[layer].check_token_ids(token_ids_T, x_TD.shape[0])
         if overflow.renormalize and block.form.weighs_input:
-            raise InvalidRequest(
-                f"overflow.renormalize is true: layer {layer} multiplies gate weights with the experts' inputs, where "
-                "they cannot be scaled after the fact"
-            )
+            raise InvalidRequest(_CANNOT_RENORMALIZE.format(family=self.spec.family))
         if not 0 <= timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_s is {timeout_s}, it must be a finite number of seconds >= 0")
         loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ Shapes: T tokens of the merged batch, D model dim, K experts per token, P pairs 
 A pair's flat index is t * K + k.
 """
 
+import asyncio
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ from protos.codec import WIRE_DTYPES, words_of
 from protos.errors import ExpertmeshError, NoCopy, Overloaded
 from router.capacity import CapacityDecision, PairState, overflow_refused, tally
 from router.combine import RoutedSum
-from router.context import LayerContext
+from router.context import OFFLOAD_FLOPS, LayerContext
 from router.dispatch import Dispatch, plan_dispatch, split_rows
 from router.gate import Routing
 from router.ledger import RequestLedger
@@ -58,6 +59,7 @@ class Exchange:
     def __init__(
         self,
         batch: Batch,
+        x_TL: Tensor,
         context: LayerContext,
         table: PlacementTable,
         routing: Routing,
@@ -74,7 +76,7 @@ class Exchange:
         self._decision = decision
         self._top_k = routing.expert_TK.shape[1]
         self._around = context.around[batch.layer]
-        self._x_TL = self._around.enter(batch.x_TD)  # the rows that travel
+        self._x_TL = x_TL  # the rows that travel
         self._sum = RoutedSum(*self._x_TL.shape)
         self._words_TL: Any = words_of(self._x_TL)
         self._shared_TD: Tensor | None = None
@@ -90,6 +92,7 @@ class Exchange:
         self._wave = 0
         self._retried_T: IndexArray | None = None
         self._servers: set[str] = set()
+        self._answers: set[asyncio.Task[None]] = set()  # answers that are computed on the other thread
         # Weights as they are sent. A later change of a token's weights scales its row at the end (reweigh.py).
         self._weight_TK = decision.weight_TK
         self._scale_T: npt.NDArray[np.float32] | None = None
@@ -123,13 +126,13 @@ class Exchange:
                 reply = await self._inbox.next(self._patience_s())
                 if reply is not None:
                     self._receive(reply)
+            if self._answers:
+                await asyncio.wait(self._answers)
         finally:
             snapshot.forget(self._on_change)
             for sent in self._in_flight.values():
                 sent.link.cancel([sent.call_id])
                 snapshot.release(sent.epoch)
-
-    # ------------------------------------------------------------------ sending
 
     def _send(self, pairs_P: IndexArray | None) -> None:
         """Plan and send pairs (None: all); those no server may take go to the overflow or unavailability policy."""
@@ -186,8 +189,6 @@ class Exchange:
             self._shared_TD = await self._context.compute(lambda: shared(x_TD), flops=flops)
         self._left = [left - 1 for left in self._left]
         self._answer_finished()
-
-    # ------------------------------------------------------------------ receiving
 
     def _receive(self, reply: Reply) -> None:
         sent = reply.tag
@@ -278,8 +279,6 @@ class Exchange:
         waiting_P: IndexArray = pairs_P[state_P == PairState.WAITED]
         return waiting_P
 
-    # ------------------------------------------------------------------ waiting
-
     def _deadline_s(self) -> float:
         return max(request.deadline_s for request in self._batch.requests)
 
@@ -332,8 +331,6 @@ class Exchange:
         pairs_P: IndexArray = np.flatnonzero(chosen_TK)
         return pairs_P
 
-    # ------------------------------------------------------------------ answering
-
     def _settle(self, pairs_P: IndexArray) -> None:
         """Pairs are done; requests that waited for nothing else get their answer."""
         if not len(pairs_P):
@@ -349,8 +346,16 @@ class Exchange:
         for i, left in enumerate(self._left):
             if left == 0:
                 self._left[i] = _NEVER
-                if not self._batch.requests[i].done:
-                    self._batch.requests[i].finish(self._result(i))
+                request = self._batch.requests[i]
+                if not request.done and self._around.projection_flops(request.num_tokens) >= OFFLOAD_FLOPS:
+                    task = asyncio.get_running_loop().create_task(self._answer_later(i))
+                    self._answers.add(task)
+                elif not request.done:
+                    request.finish(self._result(i))
+
+    async def _answer_later(self, i: int) -> None:
+        result = await self._context.compute(lambda: self._result(i), flops=OFFLOAD_FLOPS)
+        self._batch.requests[i].finish(result)
 
     def _requests_of(self, pairs_P: IndexArray) -> IndexArray:
         """The request each pair belongs to."""
@@ -374,9 +379,7 @@ class Exchange:
             experts_s=time.monotonic() - self._sent_s,
         )
         if not self._plain:
-            counts = tally(decision, self._routing, rows)
-            for name in ("pairs", "computed", "copied", "waited", "rerouted", "dropped", "dropped_gate_mass"):
-                setattr(ledger, name, getattr(counts, name))
+            ledger.take(tally(decision, self._routing, rows))
         y_TL, expert_TK, weight_TK = self._sum.rows(first, end), decision.expert_TK[rows], self._weight_TK[rows]
         if self._scale_T is not None:
             scale_T1 = self._scale_T[rows, None]

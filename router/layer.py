@@ -23,7 +23,9 @@ async def run_batch(batch: Batch, context: LayerContext) -> None:
     context.count_demand(batch.layer, _demand(routing, context.spec.num_experts))
     overflow, gate, table = batch.requests[0].overflow, context.gates[batch.layer], context.snapshot.current
     decision = apply_capacity(routing, table.layer(batch.layer), overflow, gate=gate, rng=context.rng)
-    await Exchange(batch, context, table, routing, decision, gate_s=time.monotonic() - began_s).run()
+    around = context.around[batch.layer]
+    x_TL = await context.compute(lambda: around.enter(batch.x_TD), flops=around.projection_flops(len(batch.x_TD)))
+    await Exchange(batch, x_TL, context, table, routing, decision, gate_s=time.monotonic() - began_s).run()
 
 
 async def _route(batch: Batch, context: LayerContext) -> Routing:

@@ -25,6 +25,11 @@ class RequestLedger:
     experts_s: float = 0.0
     total_s: float = 0.0
 
+    def take(self, counts: object) -> None:
+        """Overwrite the counts of pairs with those of a `capacity.Tally`."""
+        for name in _TALLIED:
+            setattr(self, name, getattr(counts, name))
+
     def to_proto(self) -> router_pb2.Ledger:
         return router_pb2.Ledger(**{name: getattr(self, name) for name in _NAMES})
 
@@ -58,4 +63,5 @@ class LedgerTotals:
 
 
 _NAMES = tuple(field.name for field in fields(RequestLedger))
+_TALLIED = ("pairs", "computed", "copied", "waited", "rerouted", "dropped", "dropped_gate_mass")
 _COUNTS = ("pairs", "computed", "copied", "waited", "rerouted", "dropped", "retried", "dropped_gate_mass")

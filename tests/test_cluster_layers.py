@@ -39,7 +39,7 @@ TOKENS = 19
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_through_the_cluster_is_the_model_s_own(
-    name: str, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, ray_cluster: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)
     family = build_family(name, tmp_path / "model")
@@ -55,10 +55,10 @@ def test_a_layer_through_the_cluster_is_the_model_s_own(
         )
         assert set(family.layers) == set(cluster.spec.layers)
         for layer in cluster.spec.layers:
-            check_layer(family, layer, status["router"]["grpc"], tmp_path, capsys)
+            check_layer(family, layer, status["router"]["grpc"], tmp_path, capfd)
 
 
-def check_layer(family: FamilyModel, layer: str, router: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def check_layer(family: FamilyModel, layer: str, router: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The command's files against transformers' block: output, experts as sets, weights."""
     spec = read_model(family.path)
     generator = torch.Generator().manual_seed(len(layer))
@@ -68,7 +68,7 @@ def check_layer(family: FamilyModel, layer: str, router: str, folder: Path, caps
     arguments = ["layer", str(family.path), "--layer", layer, "--router", router, "--json"]
     arguments += ["--input", str(folder / "in.safetensors"), "--output", str(folder / "out.safetensors")]
     app(arguments, standalone_mode=False)  # raises what the command would report
-    assert json.loads(capsys.readouterr().out)["ledger"]["dropped"] == 0
+    assert json.loads(capfd.readouterr().out)["ledger"]["dropped"] == 0
     found = load_file(folder / "out.safetensors")
     wanted_TD = block_output(family, layer, x_TD, ids_T)
     assert float((found["output"] - wanted_TD).abs().max() / wanted_TD.abs().max()) <= 1e-5

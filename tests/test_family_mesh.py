@@ -1,5 +1,6 @@
 """Every family through a real router and two real expert servers on loopback gRPC: the block is the model's own."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,19 @@ async def test_a_family_s_block_through_router_and_servers_is_its_own(name: str,
                     wanted_TD = block_output(family, layer, x_TD, ids_T)
                     assert float((answer.y_TD - wanted_TD).abs().max() / wanted_TD.abs().max()) <= 1e-5
                     assert answer.ledger.pairs == answer.ledger.computed
+
+
+async def test_projections_too_long_for_the_loop_are_computed_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.context.OFFLOAD_FLOPS", 1)
+    monkeypatch.setattr("router.exchange.OFFLOAD_FLOPS", 1)
+    torch.set_num_threads(1)
+    family = build_family("nemotron_h:latent", tmp_path)
+    with mesh(tmp_path) as served:
+        async with RouterClient(served.router.address) as client:
+            layer = served.spec.layers[0]
+            states = [torch.randn(5 + i, served.spec.dim) for i in range(6)]
+            answers = await asyncio.gather(*(client.forward(layer, x_TD) for x_TD in states))
+    for x_TD, answer in zip(states, answers, strict=True):
+        torch.testing.assert_close(answer.y_TD, block_output(family, layer, x_TD), rtol=1e-5, atol=1e-5)
