@@ -14,7 +14,8 @@ from protos.quantised import Quantisation, WeightFormat
 from protos.tensornames import Place
 from protos.weightfiles import DTYPES, Extent
 
-_EXPERT_PARTS = ("expert", "stacked", "flat", "interleaved")  # first words of the parts that are routed experts
+_PLAIN_ENDINGS = {"weight": ("", ".weight", "_weight"), "bias": (".bias",)}  # of names, by piece
+_EXPERT_PARTS = ("expert gate", "expert up", "expert down", "stacked ", "flat ", "interleaved ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,17 @@ class StoredMatrix:
     @property
     def name(self) -> str:
         return next(iter(self.pieces.values())).name
+
+    @property
+    def plain_name(self) -> str:
+        """What the matrix would be called if it were not quantised; ends in "[e]" where it is one of a stack."""
+        name, is_item, index = self.name.partition("[")
+        for piece in self.format.pieces if self.format is not None else ():
+            for endings, plain in ((piece.linear, ".weight"), (piece.stacked, "")):
+                for ending in sorted(endings, key=len, reverse=True):
+                    if ending and name.endswith(ending):
+                        return name.removesuffix(ending) + plain + is_item + index
+        return self.name
 
     @property
     def nbytes(self) -> int:
@@ -63,9 +75,9 @@ class Block:
 
 @dataclass(slots=True)
 class FoundParts:
-    """The parts of one layer: (part, piece) -> expert -> tensor, and names of the same block that have no part."""
+    """The parts of one layer: part -> piece -> expert -> tensor, and names of the same block that have no part."""
 
-    parts: dict[tuple[str, str], dict[int, Extent]] = field(default_factory=dict)
+    parts: dict[str, dict[str, dict[int, Extent]]] = field(default_factory=dict)
     blocks: dict[str, set[str]] = field(default_factory=dict)  # block as written -> of "sparse", "dense"
     unknown: list[tuple[str, Extent]] = field(default_factory=list)
 
@@ -75,30 +87,35 @@ class FoundParts:
         Raises:
             UnsupportedModel: another tensor plays the same part.
         """
-        kinds = self.blocks.setdefault(where.block, set()) if where.block else set()
-        if where.part == "dense":
+        block, part, piece, own = where.role
+        kinds = self.blocks.setdefault(block, set()) if block else set()
+        if part == "dense":
             kinds.add("dense")
             return
-        if not where.part:
-            if where.block or where.own:
-                self.unknown.append((where.block, extent))
+        if not part:
+            if block or own:
+                self.unknown.append((block, extent))
             return
-        if where.part.split()[0] in _EXPERT_PARTS:
+        if part.startswith(_EXPERT_PARTS):
             kinds.add("sparse")
-        other = self.parts.setdefault((where.part, where.piece), {}).setdefault(where.expert, extent)
+        other = self.parts.setdefault(part, {}).setdefault(piece, {}).setdefault(where.expert, extent)
         if other is not extent:
             raise UnsupportedModel(f"{extent.file.path}: tensors {other.name} and {extent.name} play the same part")
 
     def has(self, part: str) -> bool:
-        return any(name == part for name, _ in self.parts)
+        return part in self.parts
 
     def first(self, part: str) -> Extent:
         """A tensor of a part that is there."""
-        return next(iter(next(experts for (name, _), experts in self.parts.items() if name == part).values()))
+        return next(iter(next(iter(self.parts[part].values())).values()))
+
+    def piece(self, part: str, piece: str) -> Mapping[int, Extent]:
+        """The tensors of one piece by expert; none if the piece is not there."""
+        return self.parts.get(part, {}).get(piece, {})
 
     @property
     def is_sparse(self) -> bool:
-        return any(name.split()[0] in _EXPERT_PARTS for name, _ in self.parts)
+        return any(part.startswith(_EXPERT_PARTS) for part in self.parts)
 
 
 class BlockResolver:
@@ -109,6 +126,7 @@ class BlockResolver:
     ) -> None:
         self._layer, self._found, self._spec, self._quantisation = layer, found, spec, quantisation
         self._interleaved = config.row.interleaved
+        self._names: dict[tuple[object, ...], Mapping[str, str]] = {}
         gate = spec.gate
         self._sizes = {
             "E": gate.num_experts,
@@ -189,18 +207,16 @@ class BlockResolver:
         parts = [f"expert {part}" for part in (*self._up_parts, "down")]
         if not self._spec.form.gated and self._found.has("expert gate"):
             raise self._not_described("expert gate")
-        found = {e for (part, _), experts in self._found.parts.items() if part in parts for e in experts}
+        experts = {part: set().union(*self._found.parts.get(part, {}).values()) for part in parts}
+        found = set().union(*experts.values())
         num_experts = self._sizes["E"]
         # every expert complete, only another number of them: the config and the weights are of different models
-        complete = all(
-            {e for (name, _), experts in self._found.parts.items() if name == part for e in experts} == found
-            for part in parts
-        )
+        complete = all(experts[part] == found for part in parts)
         if max(found) >= num_experts or (complete and found == set(range(len(found))) and len(found) < num_experts):
             raise UnsupportedModel(
                 f"config.json says {num_experts} experts, but layer {self._layer} has experts 0 to {max(found)}"
             )
-        biased = self._biased(parts)
+        biased = self._spec.form.biases
         return tuple(
             StoredMlp(
                 ups=tuple(self._matrix(f"expert {part}", "F", "L", expert) for part in self._up_parts),
@@ -213,15 +229,6 @@ class BlockResolver:
             for expert in range(num_experts)
         )
 
-    def _biased(self, parts: list[str]) -> bool:
-        if not self._spec.form.biases:
-            for part in parts:
-                for extent in self._found.parts.get((part, "bias"), {}).values():
-                    raise UnsupportedModel(
-                        f"{extent.file.path}: tensor {extent.name}: config.json describes experts without biases"
-                    )
-        return self._spec.form.biases
-
     def _stacked(self) -> tuple[StoredMlp, ...]:
         fused = next((p for p in ("interleaved gate and up", "stacked gate and up") if self._found.has(p)), None)
         if fused and not self._spec.form.gated:
@@ -229,7 +236,7 @@ class BlockResolver:
         parts = [fused] if fused else [f"stacked {part}" for part in self._up_parts]
         rows = "2F" if fused else "F"
         transposed = self._is_transposed(parts[0], rows)
-        biased = self._biased([*parts, "stacked down"])
+        biased = self._spec.form.biases
         interleaved = fused == "interleaved gate and up" or (fused is not None and self._interleaved)
         return tuple(
             StoredMlp(
@@ -245,7 +252,7 @@ class BlockResolver:
     def _is_transposed(self, up: str, rows: str) -> bool:
         """Whether stacks are (E, in, out). The down projection tells, unless L = F, and then the other one does."""
         for part, straight in (("stacked down", ("L", "F")), (up, (rows, "L"))):
-            extent = self._found.parts.get((part, "weight"), {}).get(0)
+            extent = self._found.piece(part, "weight").get(0)
             sizes = tuple(self._size(size) for size in straight)
             if extent is not None and sizes[0] != sizes[1]:
                 return extent.shape[1:] == sizes[::-1]
@@ -275,8 +282,6 @@ class BlockResolver:
         for part in ("shared gate", "shared up", "shared down", "shared gate and up"):
             if spec is None and self._found.has(part):
                 raise self._not_described(part)
-            for extent in self._found.parts.get((part, "bias"), {}).values():
-                raise UnsupportedModel(f"{extent.file.path}: tensor {extent.name} has no place in the known layouts")
         if spec is None:
             return None
         if self._found.has("shared gate and up"):
@@ -296,7 +301,7 @@ class BlockResolver:
     def _matrix(self, part: str, rows: str, columns: str, expert: int = 0) -> StoredMatrix:
         """A matrix with tensors of its own."""
         pieces = self._pieces(part, expert)
-        if set(pieces) == {"weight"} and pieces["weight"].dtype in DTYPES:
+        if self._is_plain(pieces):
             extent = self._checked(part, pieces["weight"], (rows, columns))
             return StoredMatrix(pieces={"weight": extent}, rows=self._size(rows), columns=self._size(columns))
         ending, extent = next(iter(pieces.items()))
@@ -313,7 +318,7 @@ class BlockResolver:
                     f"{extent.file.path}: tensor {extent.name} has shape {extent.shape}, expected "
                     f"{(self._sizes['E'], *sizes)} (E, {rows}, {columns} of config.json)"
                 )
-        if set(pieces) == {"weight"} and pieces["weight"].dtype in DTYPES:
+        if self._is_plain(pieces):
             shape = ("E", columns, rows) if transposed else ("E", rows, columns)
             whole = pieces["weight"]
             if whole.shape[0] == self._sizes["E"]:
@@ -340,39 +345,65 @@ class BlockResolver:
                 f"{first.file.path}: tensor {first.name} has dtype {first.dtype}, but quantization_config leaves "
                 f"{module} out"
             )
-        pieces: dict[str, Extent] = {}
+        described = tuple((ending, extent.dtype, extent.shape) for ending, extent in found.items())
+        known = (weight_format, rows, columns, described)
+        if known not in self._names:  # experts are alike, and there are tens of thousands
+            self._names[known] = self._piece_names(weight_format, found, rows, columns)
+        pieces = {name: found[ending] for ending, name in self._names[known].items()}
+        return StoredMatrix(pieces=pieces, rows=self._size(rows), columns=self._size(columns), format=weight_format)
+
+    def _piece_names(
+        self, weight_format: WeightFormat, found: Mapping[str, Extent], rows: str, columns: str
+    ) -> Mapping[str, str]:
+        """What `weight_format` calls the tensors that are its pieces, by ending; without the unused ones."""
+        pieces: dict[str, str] = {}
         for ending, extent in found.items():
-            names = ("", ".weight", "_weight") if ending == "weight" else (ending,)
-            piece = next((p for p in weight_format.pieces if set(names) & {*p.linear, *p.stacked}), None)
+            endings = _PLAIN_ENDINGS.get(ending, (ending,))
+            piece = next((p for p in weight_format.pieces if {*endings} & {*p.linear, *p.stacked}), None)
             if piece is None:
                 raise UnsupportedModel(f"{extent.file.path}: tensor {extent.name} is no part of {weight_format.words}")
             if piece.use != "unused":
-                pieces[piece.name] = extent
-        described = {piece: (extent.dtype, extent.shape) for piece, extent in pieces.items()}
+                pieces[ending] = piece.name
+        if len(set(pieces.values())) < len(pieces):
+            names = " and ".join(extent.name for ending, extent in found.items() if ending in pieces)
+            raise UnsupportedModel(f"{extent.file.path}: tensors {names} play the same part in {weight_format.words}")
+        described = {name: (found[ending].dtype, found[ending].shape) for ending, name in pieces.items()}
         wrong = weight_format.check(described, self._size(rows), self._size(columns))
         if wrong is not None:
+            first = next(iter(found.values()))
             raise CorruptWeights(f"{first.file.path}: tensor {first.name}: {wrong}")
-        return StoredMatrix(pieces=pieces, rows=self._size(rows), columns=self._size(columns), format=weight_format)
+        return pieces
 
     def _pieces(self, part: str, expert: int) -> dict[str, Extent]:
-        pieces = {
-            piece: experts[expert]
-            for (name, piece), experts in self._found.parts.items()
-            if name == part and piece != "bias" and expert in experts
-        }
+        experts = self._found.parts.get(part, {})
+        # "weight" first: the name by which messages call the matrix
+        names = sorted((piece for piece in experts if piece != "bias"), key=lambda piece: piece != "weight")
+        pieces = {piece: experts[piece][expert] for piece in names if expert in experts[piece]}
+        bias = self._found.piece(part, "bias").get(expert)
+        if pieces and bias is not None and not (self._spec.form.biases and part.startswith(_EXPERT_PARTS)):
+            pieces["bias"] = bias  # some formats know one that is zero
         if not pieces:
             which = f"{part} of expert {expert}" if part.startswith("expert ") else part
             raise CorruptWeights(f"layer {self._layer}: the tensor for {which} is missing")
         return pieces
 
+    def _is_plain(self, pieces: Mapping[str, Extent]) -> bool:
+        plain = "weight" in pieces and pieces["weight"].dtype in DTYPES
+        if plain and "bias" in pieces:
+            extent = pieces["bias"]
+            raise UnsupportedModel(
+                f"{extent.file.path}: tensor {extent.name}: config.json describes experts without biases"
+            )
+        return plain and len(pieces) == 1
+
     def _bias(self, part: str, sizes: tuple[str, ...], expert: int = 0) -> Extent:
-        extent = self._found.parts.get((part, "bias"), {}).get(expert)
+        extent = self._found.piece(part, "bias").get(expert)
         if extent is None:
             raise CorruptWeights(f"layer {self._layer}: the bias for {part} of expert {expert} is missing")
         return self._checked(f"{part} bias", extent, sizes)
 
     def _single(self, part: str, *sizes: str) -> Extent:
-        extent = self._found.parts.get((part, "weight"), {}).get(0)
+        extent = self._found.piece(part, "weight").get(0)
         if extent is None:
             raise CorruptWeights(f"layer {self._layer}: the tensor for {part} is missing")
         return self._checked(part, extent, sizes)
@@ -382,6 +413,10 @@ class BlockResolver:
         shape = extent.shape
         if part == "selection bias" and shape[:1] == (1,):
             shape = shape[1:]  # Ernie stores (1, E)
+        if extent.dtype not in DTYPES and part != "token table":
+            raise UnsupportedModel(
+                f"{extent.file.path}: tensor {extent.name} has dtype {extent.dtype} (supported: {', '.join(DTYPES)})"
+            )
         if len(shape) != len(sizes) or shape != expected:
             differs_in_experts = sizes[0] in ("E", "E+") and len(shape) == len(expected) and shape[0] != expected[0]
             kind = UnsupportedModel if differs_in_experts else CorruptWeights

@@ -8,6 +8,7 @@ rows of gate and up (F without a gate), E routed experts, C = E + identity choic
 """
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,8 @@ from protos.configfile import Config, read_config
 from protos.errors import CorruptWeights, InvalidRequest, UnsupportedModel
 from protos.layout import find_blocks, plain_dtype
 from protos.model import ModelSpec
-from protos.quant_config import read_quantisation
+from protos.quant_config import find_quantisation
+from protos.quant_floats import Mxfp4
 from protos.weightfiles import DTYPES, Extent, index_directory, read_extent
 
 _DTYPE_NAMES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
@@ -86,7 +88,7 @@ def read_model(path: Path) -> ModelSpec:
         CorruptWeights: a weight file is truncated or has a bad header, a tensor is missing or of the wrong shape.
     """
     config = read_config(path)
-    quantisation = read_quantisation(config.document, file=config.file)
+    quantisation = find_quantisation(config.document, file=config.file)
     blocks = find_blocks(index_directory(path), config, quantisation)
     code = plain_dtype(blocks)
     first = next(iter(blocks.values()))
@@ -115,7 +117,7 @@ class Checkpoint:
         self.spec = spec
         self._dtype = DTYPES[_CODES[spec.dtype]]
         config = read_config(spec.path)
-        quantisation = read_quantisation(config.document, file=config.file)
+        quantisation = find_quantisation(config.document, file=config.file)
         self._blocks = find_blocks(index_directory(spec.path), config, quantisation)
         code = plain_dtype(self._blocks)
         described = {name: block.spec for name, block in self._blocks.items()}
@@ -191,6 +193,37 @@ class Checkpoint:
             output_bias_D=None if bias is None else self._read(bias).to(self._dtype),
             output_norm_D=None if norm is None else self._read(norm).to(self._dtype),
         )
+
+    def unquantised(self, layer: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one MoE block as a checkpoint that was never quantised would have them, by name.
+
+        Raises:
+            CorruptWeights: as `expert` does.
+        """
+        block = self._block(layer)
+        mlps = [*block.experts, *([block.shared] if block.shared is not None else [])]
+        stacks: dict[str, list[Tensor]] = {}
+        for name, tensor in self._unquantised(mlps, block):
+            stack, is_item, _ = name.partition("[")
+            if is_item:
+                stacks.setdefault(stack, []).append(tensor)
+            else:
+                yield name, tensor
+        for name, tensors in stacks.items():
+            yield name, torch.stack(tensors)
+
+    def _unquantised(self, mlps: list[StoredMlp], block: Block) -> Iterator[tuple[str, Tensor]]:
+        for mlp in mlps:
+            for matrix in (*mlp.ups, mlp.down):
+                tensor = self._matrix(matrix).to(self._dtype)
+                stored_as_used = not (matrix.transposed or isinstance(matrix.format, Mxfp4))
+                yield matrix.plain_name, tensor if stored_as_used else tensor.T
+            for bias in (*mlp.up_biases, *([] if mlp.down_bias is None else [mlp.down_bias])):
+                yield bias.name, self._read(bias).to(self._dtype)
+        for matrix in block.latent or ():
+            yield matrix.plain_name, self._matrix(matrix).to(self._dtype)
+        for extent in block.others.values():
+            yield extent.name, self._read(extent)
 
     def _block(self, layer: str) -> Block:
         block = self._blocks.get(layer)

@@ -31,7 +31,7 @@ def find_blocks(extents: Mapping[str, Extent], config: Config, quantisation: Qua
         UnsupportedModel: no MoE layer, a tensor of a block that no layout knows, another number of experts.
         CorruptWeights: a tensor is missing or has another shape than the config says.
     """
-    endings = [] if quantisation is None else _endings(quantisation)
+    endings = () if quantisation is None else _endings(quantisation)
     layers: dict[tuple[str, int], FoundParts] = {}
     stacks: dict[str, tuple[str, str]] = {}  # side -> prefix of its tensor names, and the first of them
     for name, extent in extents.items():
@@ -77,7 +77,7 @@ def plain_dtype(blocks: Mapping[str, Block]) -> str | None:
     return first.dtype
 
 
-def _endings(quantisation: Quantisation) -> list[str]:
+def _endings(quantisation: Quantisation) -> tuple[str, ...]:
     """Endings of the names of quantised pieces, longest first; those of plain weights are known anyway."""
     found = {
         ending
@@ -85,7 +85,7 @@ def _endings(quantisation: Quantisation) -> list[str]:
         for piece in weight_format.pieces
         for ending in (*piece.linear, *piece.stacked)
     }
-    return sorted(found - {"", ".weight"}, key=len, reverse=True)
+    return tuple(sorted(found - {"", ".weight", ".bias"}, key=len, reverse=True))
 
 
 def _check_complete(layers: Mapping[tuple[str, int], FoundParts], config: Config) -> None:

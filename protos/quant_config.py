@@ -8,6 +8,7 @@ The methods' own definitions: transformers' utils/quantization_config.py, GPTQMo
 AwqConfig; for compressed-tensors see `protos/quant_groups.py`.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +43,41 @@ _NO_WEIGHT_DEPENDS_ON = {
 }
 
 _Read = tuple[WeightFormat | None, list[Rule]]
+
+
+# Inkling 2 is published in MXFP8 and says so nowhere (transformers' configuration_inkling2.py adds the same). What
+# transformers has written since says what it is; and tensors that are not quantised are read as they are.
+_IMPLIED: Mapping[str, Mapping[str, Any]] = {
+    "inkling2": {"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+}
+
+
+def find_quantisation(document: Mapping[str, Any], *, file: Path) -> Quantisation | None:
+    """What a model directory says of quantised weights: config.json, else AutoGPTQ's quantize_config.json.
+
+    Args:
+        document: config.json.
+        file: its path.
+
+    Raises:
+        UnsupportedModel: as `read_quantisation`; or quantize_config.json cannot be read.
+    """
+    found = read_quantisation(document, file=file)
+    if found is not None:
+        return found
+    beside = file.with_name("quantize_config.json")
+    if beside.is_file():
+        try:
+            options = json.loads(beside.read_bytes())
+        except (OSError, ValueError, RecursionError) as err:
+            raise UnsupportedModel(f"{beside}: cannot be read ({type(err).__name__}: {err})") from err
+        if isinstance(options, Mapping):
+            options = {"quant_method": "gptq", **options}  # which its first versions leave out
+        return read_quantisation({"quantization_config": options}, file=beside)
+    implied = _IMPLIED.get(str(document.get("model_type")))
+    if implied is None or "transformers_version" in document:
+        return None
+    return read_quantisation({"quantization_config": implied}, file=file)
 
 
 def read_quantisation(values: Mapping[str, Any], *, file: Path) -> Quantisation | None:

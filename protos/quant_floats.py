@@ -33,7 +33,7 @@ from protos.quantised import (
 _SCALE = Piece(
     name="scale",
     linear=(".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight"),
-    stacked=("_scale_inv", "_scale"),
+    stacked=("_scale_inv", "_scale", "_weight_scale"),
 )
 _ACTIVATION_SCALE = Piece(
     name="activation scale",

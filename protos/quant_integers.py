@@ -58,6 +58,8 @@ class Gptq(_Grouped):
     symmetric: every zero point is half the codes' range. Whichever of the two conventions qzeros follow is then
         plain from their value: files are about that "checkpoint_format" misnames.
     act_order: groups are not consecutive columns, so that g_idx must be there. Where it is, it decides in any case.
+
+    AutoGPTQ gave every layer a bias, of zeros where the model has none. A piece of that name must be zero.
     """
 
     symmetric: bool
@@ -75,6 +77,7 @@ class Gptq(_Grouped):
             Piece(name="qzeros", linear=(".qzeros",)),
             Piece(name="scales", linear=(".scales",)),
             Piece(name="g_idx", linear=(".g_idx",), use="required" if self.act_order else "optional"),
+            Piece(name="bias", linear=(".bias",), use="optional"),
         )
 
     def expected(self, rows: int, columns: int) -> Mapping[str, Expected]:
@@ -84,9 +87,12 @@ class Gptq(_Grouped):
             "qzeros": Expected(("I32",), ((num_groups, self._num_words(rows)),)),
             "scales": Expected(PLAIN_FLOATS, ((num_groups, rows),)),
             "g_idx": Expected(("I32", "I64"), ((columns,),)),
+            "bias": Expected(PLAIN_FLOATS, ((rows,),)),
         }
 
     def decode(self, pieces: Mapping[str, Tensor], rows: int, columns: int, *, name: str) -> Tensor:
+        if (bias_R := pieces.get("bias")) is not None and bias_R.any():
+            raise CorruptWeights(f"{name}: its bias is not zero, but config.json describes a model without biases")
         packed_RW = pieces["qweight"].T.contiguous()
         return _dequantise(
             lambda chunk: _codes(packed_RW[chunk], self.bits)[:, :columns],

@@ -31,6 +31,7 @@ PIECE_DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
 }
 PLAIN_FLOATS = ("F32", "BF16", "F16")
+_DOT = re.compile(r"\.")
 # Elements that a decoder has in its temporaries: measured fastest, and small beside the matrix.
 CHUNK_ELEMENTS = 2**18
 
@@ -137,7 +138,7 @@ class Rule:
         """Whether the rule is about this module."""
         if module in self.names or module in self.beginnings or module.endswith(self.endings):
             return True
-        if self.beginnings and any(module[:at] in self.beginnings for at, letter in enumerate(module) if letter == "."):
+        if self.beginnings and any(module[: dot.start()] in self.beginnings for dot in _DOT.finditer(module)):
             return True
         return self.pattern is not None and re.match(self.pattern, module) is not None
 

@@ -8,8 +8,9 @@ Shapes (in layout.py): E experts, D model dim, L expert input dim, F expert hidd
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 # Prefix of the stack of layers in the tensor names -> prefix of our layer names. What begins otherwise (vision towers,
 # a talker beside the thinker) is no part of the text model.
@@ -37,7 +38,9 @@ _NAME = re.compile(
 _BLOCK = re.compile(
     r"(?P<block>(?:layer\.\d\.)?(?:mlp|block_sparse_moe|feed_forward|ffn|mixer|moe_block|moe))\.(?P<rest>.+)"
 )
-_ONE_EXPERT = r"experts\.(?:expert_)?(?P<expert>0|[1-9]\d{0,5})\."
+_NUMBERED = re.compile(r"(?<![^.])experts\.(?:expert_)?(0|[1-9]\d{0,5})\.")
+_ANY_EXPERT = "experts.*."  # in place of a match of _NUMBERED: what follows is the same for all experts and layers
+_ONE_EXPERT = re.escape(_ANY_EXPERT)
 _SHARED = r"(?:shared_experts?|share_expert|shared_mlp)\."
 
 # part -> stem of its names within the block, without the suffix of the piece
@@ -87,61 +90,69 @@ _OWN = re.compile(r"(?:experts|router|gate|shared_expert)")
 _DENSE = re.compile(r"(?:gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3|wi(?:_\d)?|wo|fc1|fc2)\.\w+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """What a tensor's name says: `part` is "" for what has no part in any known layout, "dense" for a dense MLP."""
+class Role(NamedTuple):
+    """What a name says beside layer and expert: `part` is "" if no known layout has it, "dense" for a dense MLP's."""
 
-    stack: str  # the prefix as written
-    side: str  # "", "encoder" or "decoder" (which a model with one stack may call it too)
-    own: bool  # a name of the layer itself that looks like a part of an MoE block
-    layer: int
     block: str  # as written, "" for a tensor of the layer itself
     part: str
-    expert: int = 0
-    piece: str = "weight"
+    piece: str
+    own: bool  # a name of the layer itself that looks like a part of an MoE block
 
 
-def place(name: str, *, num_dims: int, endings: Sequence[str]) -> Place | None:
+class Place(NamedTuple):
+    """Where a tensor belongs. (Tuples: a big checkpoint has a hundred thousand names.)"""
+
+    stack: str  # the prefix as written
+    layer: int
+    expert: int  # 0 where one tensor is for all
+    role: Role
+
+    @property
+    def side(self) -> str:
+        """ "", "encoder" or "decoder" (which a model with one stack may call it too)."""
+        return STACKS[self.stack]
+
+
+def place(name: str, *, num_dims: int, endings: tuple[str, ...]) -> Place | None:
     """Where a tensor belongs; None if it is no part of the text model's layers.
 
     Args:
-        num_dims: of its shape: a dense MLP's gate_proj has two, one for a stack of experts three.
+        num_dims: of its shape: a dense MLP's gate_proj has two, one for a stack of experts three, and so have their
+            scales.
         endings: of the pieces of the checkpoint's quantised formats, longest first.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    block, rest = "", match["rest"]
+    stack, layer, rest = match.groups()
+    expert = 0
+    if numbered := _NUMBERED.search(rest):
+        expert = int(numbered[1])
+        rest = rest[: numbered.start()] + _ANY_EXPERT + rest[numbered.end() :]
+    return Place(stack, int(layer), expert, _role(rest, num_dims < 3, endings))
+
+
+@lru_cache(maxsize=4096)
+def _role(rest: str, is_flat: bool, endings: tuple[str, ...]) -> Role:
+    block, own = "", _OWN.match(rest) is not None
     if in_block := _BLOCK.fullmatch(rest):
-        block, rest = in_block["block"], in_block["rest"]
-    part, expert, piece = _part(rest, num_dims, endings)
-    if part == "output bias" and not block:
-        part = ""
-    return Place(
-        stack=match["stack"],
-        side=STACKS[match["stack"]],
-        own=not block and _OWN.match(rest) is not None,
-        layer=int(match["layer"]),
-        block=block,
-        part=part,
-        expert=expert,
-        piece=piece,
-    )
+        block, rest, own = in_block["block"], in_block["rest"], False
+    part, piece = _part(rest, is_flat, endings)
+    return Role(block, "" if part == "output bias" and not block else part, piece, own)
 
 
-def _part(rest: str, num_dims: int, endings: Sequence[str]) -> tuple[str, int, str]:
+def _part(rest: str, is_flat: bool, endings: tuple[str, ...]) -> tuple[str, str]:
     for part, pattern in _WHOLE:
         if pattern.fullmatch(rest):
-            return part, 0, "weight"
+            return part, "weight"
     for suffix, piece in (*zip(endings, endings, strict=True), *_PLAIN_SUFFIXES):
         if not rest.endswith(suffix):
             continue
         stem = rest.removesuffix(suffix)
         for part, pattern in _STEMS:
-            match = pattern.fullmatch(stem)
-            if match is None:
+            if pattern.fullmatch(stem) is None:
                 continue
-            if part.startswith("stacked") and not stem.startswith("experts.") and num_dims < 3 and piece == "weight":
+            if part.startswith("stacked") and not stem.startswith("experts.") and is_flat and piece != "bias":
                 break  # a dense MLP
-            return part, int(match.groupdict().get("expert") or 0), piece
-    return ("dense" if _DENSE.fullmatch(rest) else ""), 0, "weight"
+            return part, piece
+    return ("dense" if _DENSE.fullmatch(rest) else ""), "weight"

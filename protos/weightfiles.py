@@ -133,9 +133,10 @@ def index_directory(path: Path) -> dict[str, Extent]:
     index_path = path / INDEX_NAME
     if index_path.is_file():
         weight_map = _read_weight_map(index_path)
-        extents = _merge(path / name for name in sorted(set(weight_map.values())))
+        files = {file_name: path / file_name for file_name in sorted(set(weight_map.values()))}
+        extents = _merge(files.values())
         for name, file_name in weight_map.items():
-            if name not in extents or extents[name].file.path.name != file_name:
+            if name not in extents or extents[name].file.path is not files[file_name]:
                 raise CorruptWeights(f"{path / file_name}: tensor {name} is missing ({INDEX_NAME} says it is here)")
         return extents
     single = path / SINGLE_NAME
@@ -149,13 +150,19 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
         raise CorruptWeights(f"{index_path}: not a safetensors index ({type(err).__name__}: {err})") from err
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptWeights(f"{index_path}: weight_map is not a non-empty object")
+    plain: set[str] = set()
     for name, file_name in weight_map.items():
-        plain = isinstance(file_name, str) and Path(file_name).name == file_name
-        if not plain or not file_name.endswith(".safetensors"):
-            raise CorruptWeights(
-                f"{index_path}: weight_map[{name!r}] is {file_name!r}, not the name of a .safetensors file here"
-            )
+        if not isinstance(file_name, str) or file_name not in plain:
+            if not _is_plain(file_name):
+                raise CorruptWeights(
+                    f"{index_path}: weight_map[{name!r}] is {file_name!r}, not the name of a .safetensors file here"
+                )
+            plain.add(file_name)
     return weight_map
+
+
+def _is_plain(file_name: object) -> bool:
+    return isinstance(file_name, str) and Path(file_name).name == file_name and file_name.endswith(".safetensors")
 
 
 def _unindexed_shards(path: Path) -> list[Path]:

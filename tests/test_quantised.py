@@ -441,9 +441,9 @@ def test_check_tells_every_piece_that_is_missing_of_another_shape_or_of_another_
         assert problem is not None
         assert f"its {name} has dtype F64 (supported: " in problem
         assert format.words in problem
-    problem = format.check({**good, "bias": ("F32", (8,))}, 8, 64)
+    problem = format.check({**good, "other": ("F32", (8,))}, 8, 64)
     assert problem is not None
-    assert "no piece called bias" in problem
+    assert "no piece called other" in problem
 
 
 def test_check_refuses_a_grid_of_scales_that_floor_division_would_give() -> None:
