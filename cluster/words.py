@@ -62,7 +62,7 @@ def block_words(spec: BlockSpec, *, symbols: bool = False) -> BlockWords:
     return BlockWords(
         scores=_scores(spec.gate),
         choice=_choice(spec.gate, symbols),
-        weights=_weights(spec.gate, spec.form),
+        weights=_weights(spec.gate, spec.form, symbols),
         expert=form_words(spec.form),
         shared=_shared(spec, symbols),
         around=_around(spec, symbols),
@@ -177,10 +177,10 @@ def _capacity(gate: GateSpec, symbols: bool) -> str:
     return f", and every expert takes at most {places} of the T tokens of a request, {first}{behind}"
 
 
-def _weights(gate: GateSpec, form: ExpertForm) -> str:
+def _weights(gate: GateSpec, form: ExpertForm, symbols: bool) -> str:
     words = f"{_chosen(gate)}, "
     if gate.scale != 1.0 and gate.capacity is None:
-        words += f"times {gate.scale:g}, "
+        words += f"times {'1 / K' if symbols and gate.scale == 1 / gate.top_k else f'{gate.scale:g}'}, "
     words += "kept in fp32" if gate.weight_dtype == "float32" else "rounded to the model's dtype"
     if gate.per_expert_scale:
         words += ", times a learned factor of the expert"
@@ -225,7 +225,8 @@ def _around(spec: BlockSpec, symbols: bool) -> str:
     if spec.latent_dim is not None:
         parts.append(f"tokens are projected to {'L' if symbols else spec.latent_dim} before the experts and back after")
     if spec.output_scale != 1.0:
-        parts.append(f"the routed sum is multiplied by {spec.output_scale:g}")
+        scale = "K" if symbols and spec.output_scale == spec.gate.top_k else f"{spec.output_scale:g}"
+        parts.append(f"the routed sum is multiplied by {scale}")
     if spec.output_bias:
         parts.append("a learned bias is added")
     if spec.output_norm_eps is not None:

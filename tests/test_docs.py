@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from docs import model_table
 from docs.config_table import PAGE, page_with_table
 from protos import errors, router_pb2
+from protos.families import FAMILIES
 from router.config import OverflowConfig
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,20 @@ def section(text: str, name: str) -> str:
 def test_the_configuration_table_is_that_of_the_code() -> None:
     page = PAGE.read_text()
     assert page == page_with_table(page), "run `python -m docs.config_table`"
+
+
+def test_the_table_of_families_is_that_of_the_code() -> None:
+    page = model_table.PAGE.read_text()
+    assert page == model_table.page_with_table(page), "run `python -m docs.model_table`"
+    named = re.findall(r"`([\w-]+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", section(page, "families"), re.M)))
+    assert sorted(named) == sorted(FAMILIES)
+
+
+def test_families_that_are_said_to_be_refused_have_no_row() -> None:
+    _, _, refused = model_table.PAGE.read_text().partition("## Refused families")
+    names = re.findall(r"^\| `(\w+)`", refused.partition("\n## ")[0], re.M)
+    assert len(names) >= 5
+    assert not FAMILIES.keys() & set(names)
 
 
 def test_every_module_has_its_line_in_the_architecture() -> None:
