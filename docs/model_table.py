@@ -53,6 +53,9 @@ def default_block(family: str, row: Family) -> BlockSpec:
         for name, setting in _settings(row)
         if name == "count" or (setting.required and name in _SIZES)
     }
+    for variant in row.variants:  # which may know some sizes only
+        if variant.setting.keys[0] in sizes and ... not in variant.values:
+            sizes[variant.setting.keys[0]] = next(iter(variant.values))
     document = {"model_type": family, **({row.section: sizes} if row.section else {}), **sizes}
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(document))
@@ -61,7 +64,8 @@ def default_block(family: str, row: Family) -> BlockSpec:
 
 def option_keys(row: Family) -> list[str]:
     """Keys of config.json that decide what the family's block computes: no sizes, and not the activation."""
-    keys = {setting.keys[0] for name, setting in _settings(row) if name not in _NO_OPTIONS}
+    sizes = {setting.keys[0] for name, setting in _settings(row) if name in _NO_OPTIONS}
+    keys = {setting.keys[0] for _, setting in _settings(row)} - sizes
     if row.capacity is not None:
         keys.add("expert_capacity")
     if row.capacity == "batch":
