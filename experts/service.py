@@ -91,8 +91,8 @@ class ExpertServer:
             hidden_dim=spec.hidden_dim,
             packed=config.weight_dtype != "compute",
         )
-        weight_dtype = None if config.weight_dtype == "compute" else config.weight_dtype
-        self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes, weight_dtype)
+        packed = None if config.weight_dtype == "compute" else config.weight_dtype
+        self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes, packed)
         self._batcher: Batcher[_Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
         self._pacer = Pacer(config.emulated_tokens_per_s)
         self._busy = BusyMeter()
@@ -131,12 +131,11 @@ class ExpertServer:
         x_1D = torch.zeros(1, self.spec.expert_dim)
         zero, weight = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32)
         for layer, expert in copies:
-            copy = self._shard.find(layer, [expert])[expert]
-            warm = replace(copy, tokens=0)  # the warm-up is not traffic: do not count it
+            warm = replace(self._shard.find(layer, [expert])[expert], tokens=0)  # the warm-up counts as no traffic
             partial_sums(x_1D, zero, np.full(1, expert, dtype=np.int32), weight, {expert: warm})
 
     def unload(self, copies: Sequence[CopyKey]) -> None:
-        """Forget copies. Calls already accepted for them complete; later ones get StalePlacement."""
+        """Forget copies. Calls accepted for them complete; later ones get StalePlacement."""
         self._shard.unload(copies)
 
     @property
