@@ -5,17 +5,16 @@ choices of the gate, V vocabulary, K top-k.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from protos.configfile import Config
 from protos.errors import CorruptWeights, UnsupportedModel
 from protos.model import BlockSpec
+from protos.parts import EXPERT_PARTS, FoundParts
 from protos.quantised import Quantisation, WeightFormat
-from protos.tensornames import Place
 from protos.weightfiles import DTYPES, Extent
 
 _PLAIN_ENDINGS = {"weight": ("", ".weight", "_weight"), "bias": (".bias",)}  # of names, by piece
-_EXPERT_PARTS = ("expert gate", "expert up", "expert down", "stacked ", "flat ", "interleaved ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,51 +70,6 @@ class Block:
     shared: StoredMlp | None
     latent: tuple[StoredMatrix, StoredMatrix] | None
     others: Mapping[str, Extent]
-
-
-@dataclass(slots=True)
-class FoundParts:
-    """The parts of one layer: part -> piece -> expert -> tensor, and names of the same block that have no part."""
-
-    parts: dict[str, dict[str, dict[int, Extent]]] = field(default_factory=dict)
-    blocks: dict[str, set[str]] = field(default_factory=dict)  # block as written -> of "sparse", "dense"
-    unknown: list[tuple[str, Extent]] = field(default_factory=list)
-
-    def add(self, where: Place, extent: Extent) -> None:
-        """Note a tensor.
-
-        Raises:
-            UnsupportedModel: another tensor plays the same part.
-        """
-        block, part, piece, own = where.role
-        kinds = self.blocks.setdefault(block, set()) if block else set()
-        if part == "dense":
-            kinds.add("dense")
-            return
-        if not part:
-            if block or own:
-                self.unknown.append((block, extent))
-            return
-        if part.startswith(_EXPERT_PARTS):
-            kinds.add("sparse")
-        other = self.parts.setdefault(part, {}).setdefault(piece, {}).setdefault(where.expert, extent)
-        if other is not extent:
-            raise UnsupportedModel(f"{extent.file.path}: tensors {other.name} and {extent.name} play the same part")
-
-    def has(self, part: str) -> bool:
-        return part in self.parts
-
-    def first(self, part: str) -> Extent:
-        """A tensor of a part that is there."""
-        return next(iter(next(iter(self.parts[part].values())).values()))
-
-    def piece(self, part: str, piece: str) -> Mapping[int, Extent]:
-        """The tensors of one piece by expert; none if the piece is not there."""
-        return self.parts.get(part, {}).get(piece, {})
-
-    @property
-    def is_sparse(self) -> bool:
-        return any(part.startswith(_EXPERT_PARTS) for part in self.parts)
 
 
 class BlockResolver:
@@ -380,7 +334,7 @@ class BlockResolver:
         names = sorted((piece for piece in experts if piece != "bias"), key=lambda piece: piece != "weight")
         pieces = {piece: experts[piece][expert] for piece in names if expert in experts[piece]}
         bias = self._found.piece(part, "bias").get(expert)
-        if pieces and bias is not None and not (self._spec.form.biases and part.startswith(_EXPERT_PARTS)):
+        if pieces and bias is not None and not (self._spec.form.biases and part.startswith(EXPERT_PARTS)):
             pieces["bias"] = bias  # some formats know one that is zero
         if not pieces:
             which = f"{part} of expert {expert}" if part.startswith("expert ") else part

@@ -21,7 +21,7 @@ from protos.configfile import Config, read_config
 from protos.errors import CorruptWeights, InvalidRequest, UnsupportedModel
 from protos.layout import find_blocks, plain_dtype
 from protos.model import ModelSpec
-from protos.quant_config import find_quantisation
+from protos.quant_config import read_quantisation
 from protos.quant_floats import Mxfp4
 from protos.weightfiles import DTYPES, Extent, index_directory, read_extent
 
@@ -88,7 +88,7 @@ def read_model(path: Path) -> ModelSpec:
         CorruptWeights: a weight file is truncated or has a bad header, a tensor is missing or of the wrong shape.
     """
     config = read_config(path)
-    quantisation = find_quantisation(config.document, file=config.file)
+    quantisation = read_quantisation(config.document, file=config.file)
     blocks = find_blocks(index_directory(path), config, quantisation)
     code = plain_dtype(blocks)
     first = next(iter(blocks.values()))
@@ -117,7 +117,7 @@ class Checkpoint:
         self.spec = spec
         self._dtype = DTYPES[_CODES[spec.dtype]]
         config = read_config(spec.path)
-        quantisation = find_quantisation(config.document, file=config.file)
+        quantisation = read_quantisation(config.document, file=config.file)
         self._blocks = find_blocks(index_directory(spec.path), config, quantisation)
         code = plain_dtype(self._blocks)
         described = {name: block.spec for name, block in self._blocks.items()}

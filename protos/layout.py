@@ -8,9 +8,10 @@ Shapes: D model dim, L expert input dim, F expert hidden dim, S shared expert hi
 
 from collections.abc import Mapping
 
-from protos.blocks import Block, BlockResolver, FoundParts
+from protos.blocks import Block, BlockResolver
 from protos.configfile import Config
 from protos.errors import CorruptWeights, UnsupportedModel
+from protos.parts import FoundParts
 from protos.quantised import Quantisation
 from protos.tensornames import place
 from protos.weightfiles import DTYPES, Extent

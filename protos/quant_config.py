@@ -52,17 +52,20 @@ _IMPLIED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def find_quantisation(document: Mapping[str, Any], *, file: Path) -> Quantisation | None:
-    """What a model directory says of quantised weights: config.json, else AutoGPTQ's quantize_config.json.
+def read_quantisation(document: Mapping[str, Any], *, file: Path) -> Quantisation | None:
+    """What a model directory says of quantised weights; None: the model is not quantised.
+
+    config.json says it, or AutoGPTQ's quantize_config.json beside it.
 
     Args:
         document: config.json.
         file: its path.
 
     Raises:
-        UnsupportedModel: as `read_quantisation`; or quantize_config.json cannot be read.
+        UnsupportedModel: a method, an option or a value that is not understood, named by its key; or
+            quantize_config.json cannot be read.
     """
-    found = read_quantisation(document, file=file)
+    found = _read_section(document, file=file)
     if found is not None:
         return found
     beside = file.with_name("quantize_config.json")
@@ -73,23 +76,15 @@ def find_quantisation(document: Mapping[str, Any], *, file: Path) -> Quantisatio
             raise UnsupportedModel(f"{beside}: cannot be read ({type(err).__name__}: {err})") from err
         if isinstance(options, Mapping):
             options = {"quant_method": "gptq", **options}  # which its first versions leave out
-        return read_quantisation({"quantization_config": options}, file=beside)
+        return _read_section({"quantization_config": options}, file=beside)
     implied = _IMPLIED.get(str(document.get("model_type")))
     if implied is None or "transformers_version" in document:
         return None
-    return read_quantisation({"quantization_config": implied}, file=file)
+    return _read_section({"quantization_config": implied}, file=file)
 
 
-def read_quantisation(values: Mapping[str, Any], *, file: Path) -> Quantisation | None:
-    """What config.json says of quantised weights; None: the model is not quantised.
-
-    Args:
-        values: config.json, or its text section.
-        file: config.json, for messages.
-
-    Raises:
-        UnsupportedModel: a method, an option or a value that is not understood; names the key.
-    """
+def _read_section(values: Mapping[str, Any], *, file: Path) -> Quantisation | None:
+    """quantization_config of config.json or of its text section; None where neither has one."""
     nested = values.get("text_config")
     sections = [values, *([nested] if isinstance(nested, Mapping) else [])]
     found = [(key, section[key]) for section in sections for key in _KEYS if section.get(key) is not None]
