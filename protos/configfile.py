@@ -183,7 +183,9 @@ class Config:
 
     def _groups(self, num_experts: int, top_k: int) -> GroupLimit | None:
         row = self.row
-        if self._value(row.num_groups) is None:
+        if self._value(row.num_groups) is None and _may_be_null(row.num_groups):
+            if self._value(row.top_groups) is not None:
+                raise self._unsupported(row.top_groups, self._value(row.top_groups), "null where there are no groups")
             return None
         num_groups, top_groups = self._integer(row.num_groups), self._integer(row.top_groups)
         if top_groups > num_groups:
@@ -227,13 +229,13 @@ class Config:
         return _ACTIVATIONS[value]
 
     def _limit(self, setting: Setting | float, layer: int) -> float:
-        """A clamp: absent, null and (in lists) 0 mean none."""
+        """A clamp: 0 in a list means none, and so does null where it is what an absent key stands for."""
         value = self._value(setting)
         if isinstance(setting, Setting) and setting.per_layer and isinstance(value, list):
             if layer >= len(value):
                 raise self._unsupported(setting, value, f"an entry for layer {layer}")
-            value = value[layer] or None
-        if value is None:
+            value = value[layer] or math.inf
+        if value is None and _may_be_null(setting):
             return math.inf
         if type(value) not in (int, float) or not value > 0:
             raise self._unsupported(setting, value, "a number above 0")
@@ -260,7 +262,7 @@ class Config:
                 value = value[layer]
             elif value and all(entry == value[0] for entry in value):
                 value = value[0]  # HunYuan may write one entry per layer
-        if value is None and minimum == 0:
+        if value is None and minimum == 0 and _may_be_null(setting):
             return 0
         if type(value) is not int or value < minimum:
             raise self._unsupported(setting, value, f"an integer of at least {minimum}")
@@ -278,12 +280,17 @@ class Config:
         value = self._value(setting)
         if value is not None and type(value) is not bool:
             raise self._unsupported(setting, value, "true or false")
-        return bool(value)
+        return bool(value)  # null is false to every family's own code
 
     def _unsupported(self, setting: Setting | Scalar, value: object, supported: str) -> UnsupportedModel:
         keys = setting.keys if isinstance(setting, Setting) else ()
         key = next((key for key in keys if key in self.values), "/".join(keys) or "the family's row")
         return UnsupportedModel(f"{self.file}: {key} is {value!r} (supported for {self.family}: {supported})")
+
+
+def _may_be_null(setting: Setting | Scalar) -> bool:
+    """Whether null means what an absent key means. Elsewhere it could be that, or "none": refused."""
+    return isinstance(setting, Setting) and setting.default is None
 
 
 def read_config(path: Path) -> Config:

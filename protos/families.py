@@ -27,7 +27,7 @@ from protos.family_lines import (
     V3,
     V3_UNGROUPED,
 )
-from protos.settings import MOE_WIDTH, TOP_K, WIDTH, Family, SharedRow, Variant, key, need
+from protos.settings import ACTIVATION, MOE_WIDTH, TOP_K, WIDTH, Family, SharedRow, Variant, key, need
 
 FAMILIES: Mapping[str, Family] = {
     "mixtral": MIXTRAL,
@@ -92,6 +92,7 @@ FAMILIES: Mapping[str, Family] = {
         weight_dtype="model",
         selection="sparsemixer",
         jitter=key("router_jitter_noise", default=0.01),
+        variants=(Variant(setting=TOP_K, values={2: {}}),),  # its sparsemixer chooses two, whatever the key says
     ),
     "grok-1": Family(  # xai-org/grok-1 model.py: probabilities of the chosen as they are, jax.nn.gelu's tanh form
         hidden_dim=WIDTH, logits_dtype="float32", weight_dtype="model", activation="gelu_tanh"
@@ -100,7 +101,7 @@ FAMILIES: Mapping[str, Family] = {
         logits_dtype="float32",
         renorm=key("norm_topk_prob", default=False),
         renorm_eps=1e-20,
-        shared=SHARED,
+        shared=replace(SHARED, count=key("n_shared_experts")),
         variants=(Variant(setting=key("scoring_func", default="softmax"), values={"softmax": {}}),),
     ),
     "deepseek_v2": V2,
@@ -129,13 +130,16 @@ FAMILIES: Mapping[str, Family] = {
     "dots1": replace(
         GLM4, renorm=key("norm_topk_prob", default=False), shared=replace(SHARED, count=need("n_shared_experts"))
     ),
-    "dots3_note": replace(GLM4, shared=replace(SHARED, width=need("shared_experts_intermediate_size"))),
+    "dots3_note": replace(
+        GLM4,
+        shared=replace(SHARED, width=need("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size")),
+    ),
     "exaone_moe": V3_UNGROUPED,
     "glm5_next": CLAMPED_V3,
     "hy_v4": replace(
         CLAMPED_V3,
         scale=key("routed_scaling_factor", default=2.827),
-        shared=replace(SHARED, limit=inf),
+        shared=replace(SHARED, activation=ACTIVATION, limit=inf),
     ),
     "kimi_linear": replace(V3_UNGROUPED, scale=key("routed_scaling_factor", default=2.446)),
     "mimo_v2_flash": replace(GLM4, shared=None),
@@ -211,6 +215,7 @@ FAMILIES: Mapping[str, Family] = {
         MINIMAX_M2,
         hidden_dim=MOE_WIDTH,
         glu="clamped_after",
+        activation="silu",  # the hub says "swigluoai", and means the form
         limit=replace(key("swiglu_limits"), per_layer=True),
         output_scale=key("moe_router_scaling_factor", default=1.0),
         shared=SharedRow(

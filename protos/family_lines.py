@@ -5,7 +5,7 @@ What the options mean is in model.py, how rows are read in configfile.py.
 
 from dataclasses import replace
 
-from protos.settings import WIDTH, Family, SharedRow, Variant, key, need
+from protos.settings import ACTIVATION, WIDTH, Family, SharedRow, Variant, key, need
 
 # ---------------------------------------------------------------- softmax over all experts (Mixtral, Qwen)
 
@@ -58,7 +58,13 @@ V3_UNGROUPED = replace(
     V3, num_groups=key("n_group", "num_expert_group", default=1), top_groups=key("topk_group", default=1)
 )
 GLM4 = replace(V3_UNGROUPED, scale=key("routed_scaling_factor", default=1.0))
-CLAMPED_V3 = replace(V3_UNGROUPED, glu="clamped", limit=key("swiglu_limit", default=10.0))
+CLAMPED_V3 = replace(
+    V3_UNGROUPED,
+    glu="clamped",
+    activation="silu",  # whatever hidden_act says: that is the shared experts'
+    limit=key("swiglu_limit", default=10.0),
+    shared=replace(SHARED, activation=ACTIVATION),
+)
 SQRT_SOFTPLUS = Variant(
     setting=key("scoring_func", default="sqrtsoftplus"),
     values={"sqrtsoftplus": {"score": "sqrt_softplus"}, "sigmoid": {"score": "sigmoid"}, "softmax": {}},
