@@ -34,9 +34,9 @@ _WATCHED: Mapping[str, tuple[Scalar, ...]] = {
     "n_group": (None, 1),
     "num_expert_group": (None, 1),
     "topk_group": (None, 1),
-    "norm_topk_prob": (None, True),
-    "moe_renormalize": (None, True),
-    "route_norm": (None, True),
+    "norm_topk_prob": (None,),
+    "moe_renormalize": (None,),
+    "route_norm": (None,),
     "routed_scaling_factor": (None, 1, 1.0),
     "route_scale": (None, 1, 1.0),
     "router_scaling_factor": (None, 1, 1.0),
@@ -66,6 +66,7 @@ _WATCHED: Mapping[str, tuple[Scalar, ...]] = {
     "moe_shared_expert_intermediate_size": (None, 0),
     "moe_token_dropout": (None, 0, 0.0),
 }
+_RENORMALISATIONS = ("norm_topk_prob", "moe_renormalize", "route_norm")  # also neutral: what the family does anyway
 _COMPOSITES = ("text_config", "thinker_config", "llm_config", "language_config")
 
 
@@ -373,7 +374,10 @@ def _check_watched(config: Config) -> None:
     read = {key for setting in settings_of(config.row) for key in setting.keys} | config.row.ignored
     if config.row.capacity == "batch":
         read.add("moe_token_dropout")
+    renormalises = config._flag(config.row.renorm) or config.row.chosen == "softmax"
     for name, neutral in _WATCHED.items():
+        if name in _RENORMALISATIONS:
+            neutral = (*neutral, renormalises)
         value = config.values.get(name)
         if name not in read and value not in neutral and not (value == [] or isinstance(value, dict)):
             raise UnsupportedModel(

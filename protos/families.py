@@ -95,7 +95,10 @@ FAMILIES: Mapping[str, Family] = {
         variants=(Variant(setting=TOP_K, values={2: {}}),),  # its sparsemixer chooses two, whatever the key says
     ),
     "grok-1": Family(  # xai-org/grok-1 model.py: probabilities of the chosen as they are, jax.nn.gelu's tanh form
-        hidden_dim=WIDTH, logits_dtype="float32", weight_dtype="model", activation="gelu_tanh"
+        hidden_dim=WIDTH,
+        logits_dtype="float32",
+        weight_dtype="model",
+        activation=key("hidden_act", default="gelu_tanh"),
     ),
     "deepseek": Family(  # DeepSeek-MoE 16B (remote code)
         logits_dtype="float32",
