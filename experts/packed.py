@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protos.errors import CorruptWeights, UnsupportedModel
+from protos.pages import paged_tensors
 
 WeightDtype = Literal["int8", "int4", "fp8"]
 
 GROUP_SIZE = 64  # columns that share an int4 scale and zero point
 _TILE = 64  # int4: rows packed together; byte j of a column of the tile has rows j (low nibble) and j + 32 (high)
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-_PACK_ELEMENTS = 1 << 20  # of the source handled at a time while packing
+_PACK_ELEMENTS = 1 << 18  # of the source handled at a time while packing
 _KERNEL_ROWS = {"int8": 24, "int4": 96, "fp8": 0}  # up to so many rows torch's packed kernels win
 _BF16_ROWS = 24  # beyond so many rows a bf16 GEMM is worth rounding a block to bf16, where there is AMX
 
@@ -97,15 +98,20 @@ def pack(
     device = weight_ON.device
     if weight_dtype == "int4":
         padded_rows, groups = -(-rows // _TILE) * _TILE, -(-columns // group_size)
-        codes = torch.empty(padded_rows // _TILE, groups * group_size, _TILE // 2, dtype=torch.uint8, device=device)
-        scales = torch.empty(groups, padded_rows, 2, dtype=torch.bfloat16, device=device)
+        shapes: tuple[tuple[int, ...], ...] = (
+            (padded_rows // _TILE, groups * group_size, _TILE // 2),
+            (groups, padded_rows, 2),
+        )
+        code_dtype = torch.uint8
     else:
+        shapes = ((rows, columns), (rows,))
         code_dtype = torch.int8 if weight_dtype == "int8" else torch.float8_e4m3fn
-        codes = torch.empty(rows, columns, dtype=code_dtype, device=device)
-        scales = torch.empty(rows, dtype=torch.bfloat16, device=device)
+    (codes,) = paged_tensors((shapes[0], code_dtype), device=device)
+    scales = torch.empty(shapes[1], dtype=torch.bfloat16, device=device)
     step = _block_rows(columns, _PACK_ELEMENTS)
+    (buffer_ON,) = paged_tensors(((min(step, rows), columns), torch.float32), device=device)
     for start in range(0, rows, step):
-        block_ON = weight_ON[start : start + step].to(torch.float32, copy=True)
+        block_ON = buffer_ON[: min(step, rows - start)].copy_(weight_ON[start : start + step])
         if weight_dtype == "int4":
             tiles = slice(start // _TILE, (start + step) // _TILE)
             _pack_groups(block_ON, codes[tiles], scales[:, start : start + step], group_size)
@@ -155,7 +161,8 @@ def linear(x_RN: Tensor, weight: Matrix, bias_O: Tensor | None = None) -> Tensor
 
 def _pack_rows(block_ON: Tensor, codes_ON: Tensor, scales_O: Tensor) -> None:
     largest = _LARGEST["int8" if codes_ON.dtype is torch.int8 else "fp8"]
-    scales_O.copy_(_scale(block_ON.abs().amax(dim=1) / largest))
+    low_O, high_O = torch.aminmax(block_ON, dim=1)
+    scales_O.copy_(_scale(torch.maximum(-low_O, high_O) / largest))
     block_ON.div_(scales_O.float()[:, None]).clamp_(-largest, largest)
     codes_ON.copy_(block_ON.round_() if codes_ON.dtype is torch.int8 else block_ON)
 

@@ -16,6 +16,7 @@ from experts.packed import Matrix, WeightDtype, pack, packed_bytes
 from protos.checkpoint import Checkpoint
 from protos.errors import Overloaded, StalePlacement
 from protos.model import ExpertForm, ModelSpec
+from protos.pages import paged_tensors
 
 CopyKey = tuple[str, int]  # (layer, expert)
 
@@ -63,16 +64,18 @@ def load_expert(
     bias, last_bias = weights.up_bias_I, weights.down_bias_L
 
     def keep(weight: Tensor) -> Matrix:
-        if weight_dtype is None:
-            return weight.to(device, dtype)
-        return pack(weight.to(device), weight_dtype, dtype=dtype)
+        if weight_dtype is not None:
+            return pack(weight.to(device), weight_dtype, dtype=dtype)
+        if weight.dtype is dtype:
+            return weight.to(device)
+        return paged_tensors((tuple(weight.shape), dtype), device=device)[0].copy_(weight)
 
     return ExpertCopy(
         up=keep(weights.up_IL),
         down=keep(weights.down_LF),
         form=checkpoint.spec.blocks[layer].form,
-        up_bias=None if bias is None else bias.to(device, dtype),
-        down_bias=None if last_bias is None else last_bias.to(device, dtype),
+        up_bias=None if bias is None else bias.to(device, dtype, copy=True),
+        down_bias=None if last_bias is None else last_bias.to(device, dtype, copy=True),
     )
 
 

@@ -21,6 +21,7 @@ from protos.configfile import Config, read_config
 from protos.errors import CorruptWeights, InvalidRequest, UnsupportedModel
 from protos.layout import find_blocks, plain_dtype
 from protos.model import ModelSpec
+from protos.pages import paged_tensors
 from protos.quant_config import read_quantisation
 from protos.quant_floats import Mxfp4
 from protos.weightfiles import DTYPES, Extent, index_directory, read_extent
@@ -235,28 +236,34 @@ class Checkpoint:
 
     def _mlp(self, mlp: StoredMlp) -> ExpertWeights:
         """The projections in one form: gate rows, then up rows."""
-        rows = sum(matrix.rows for matrix in mlp.ups)
-        up_IL = torch.empty(rows, mlp.ups[0].columns, dtype=self._dtype)
-        first = 0
-        for matrix in mlp.ups:
-            part_IL = up_IL[first : first + matrix.rows]
-            extent = matrix.pieces.get("weight")
-            if matrix.format is None and not matrix.transposed and extent is not None and self._is_model(extent):
-                self._read(extent, into=part_IL)
-            else:
-                part_IL.copy_(self._matrix(matrix))
-            first += matrix.rows
-        biases = [self._read(bias).to(self._dtype) for bias in mlp.up_biases]
-        up_bias_I = torch.cat(biases) if biases else None
+        rows, columns = sum(matrix.rows for matrix in mlp.ups), mlp.ups[0].columns
+        bias_shapes = [(rows,), (mlp.down.rows,)] if mlp.down_bias is not None else []
+        shapes = [(rows, columns), (mlp.down.rows, mlp.down.columns), *bias_shapes]
+        up_IL, down_LF, *bias_tensors = paged_tensors(*((shape, self._dtype) for shape in shapes))
+        up_bias_I, down_bias_L = bias_tensors or (None, None)
+        if up_bias_I is not None and down_bias_L is not None and mlp.down_bias is not None:
+            bias_I = torch.cat([self._read(bias) for bias in mlp.up_biases])
+            up_bias_I.copy_(torch.cat((bias_I[::2], bias_I[1::2])) if mlp.interleaved else bias_I)
+            down_bias_L.copy_(self._read(mlp.down_bias))
         if mlp.interleaved:
-            up_IL = torch.cat((up_IL[::2], up_IL[1::2]))
-            up_bias_I = None if up_bias_I is None else torch.cat((up_bias_I[::2], up_bias_I[1::2]))
-        return ExpertWeights(
-            up_IL=up_IL,
-            down_LF=self._matrix(mlp.down).to(self._dtype).contiguous(),
-            up_bias_I=up_bias_I,
-            down_bias_L=None if mlp.down_bias is None else self._read(mlp.down_bias).to(self._dtype),
-        )
+            fused_IL = self._matrix(mlp.ups[0])
+            up_IL[: rows // 2].copy_(fused_IL[::2])
+            up_IL[rows // 2 :].copy_(fused_IL[1::2])
+            del fused_IL
+        else:
+            first = 0
+            for matrix in mlp.ups:
+                self._fill(up_IL[first : first + matrix.rows], matrix)
+                first += matrix.rows
+        self._fill(down_LF, mlp.down)
+        return ExpertWeights(up_IL=up_IL, down_LF=down_LF, up_bias_I=up_bias_I, down_bias_L=down_bias_L)
+
+    def _fill(self, weight_RC: Tensor, matrix: StoredMatrix) -> None:
+        """Read `matrix` into memory that is there, directly if it is stored as it is used."""
+        if matrix.format is None and not matrix.transposed and self._is_model(matrix.pieces["weight"]):
+            self._read(matrix.pieces["weight"], into=weight_RC)
+        else:
+            weight_RC.copy_(self._matrix(matrix))
 
     def _matrix(self, matrix: StoredMatrix) -> Tensor:
         """[rows, columns], in the stored dtype if it is plain, else dequantised to fp32."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import CorruptWeights
+from protos.pages import paged_tensors
 from protos.quantised import (
     PLAIN_FLOATS,
     Expected,
@@ -176,7 +177,7 @@ def _scaled(
     name: str,
 ) -> Tensor:
     """values(rows) x factor x the scale of each block, float32; |values x factor| <= largest."""
-    out_RC = torch.empty(rows, columns)
+    out_RC = paged_tensors(((rows, columns), torch.float32))[0]
     # float32 holds 448 x any float16 scale; only scales near its own limit need a look at every product
     may_overflow = scale.abs().amax().item() * largest > torch.finfo(torch.float32).max
     for chunk in row_chunks(rows, columns):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import CorruptWeights
+from protos.pages import paged_tensors
 from protos.quantised import (
     PLAIN_FLOATS,
     Expected,
@@ -249,7 +250,7 @@ def _dequantise(
     name: str,
 ) -> Tensor:
     """(codes(rows) - zero) x scale, float32; group: the group of each column [C], or how many columns one has."""
-    out_RC = torch.empty(rows, columns)
+    out_RC = paged_tensors(((rows, columns), torch.float32))[0]
     for chunk in row_chunks(rows, columns, multiple=8):
         out = out_RC[chunk].copy_(codes(chunk))
         if isinstance(group, int):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import CorruptWeights, UnsupportedModel
+from protos.pages import paged_tensors
 from protos.quantised import PIECE_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -90,7 +91,7 @@ def read_extent(extent: Extent, into: Tensor | None = None) -> Tensor:
             f"{file.path}: tensor {extent.name} has dtype {extent.dtype} "
             f"(supported: {', '.join([*DTYPES, *PIECE_DTYPES])})"
         )
-    raw = torch.empty(extent.nbytes, dtype=torch.uint8) if into is None else into.view(-1).view(torch.uint8)
+    raw = paged_tensors(((extent.nbytes,), torch.uint8))[0] if into is None else into.view(-1).view(torch.uint8)
     assert raw.numel() == extent.nbytes, "the caller offers memory of the right size"
     _fill(raw.numpy().data, extent)
     tensor = raw.view(dtype).view(extent.shape)

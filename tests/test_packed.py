@@ -179,4 +179,5 @@ def test_packing_allocates_little_beside_the_result() -> None:
             if event.name() == "[memory]":
                 held += event.nbytes()
                 most = max(most, held)
-        assert matrix.nbytes <= most <= matrix.nbytes + 24e6
+        assert matrix.nbytes > 4e6
+        assert 0 < most <= 8e6  # the result lies in pages that torch does not count
