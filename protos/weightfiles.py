@@ -233,7 +233,9 @@ def _read_header(path: Path) -> list[Extent]:
 def _parse_entry(file: WeightFile, name: str, entry: Any, data_begin: int) -> Extent:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        well_formed = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        well_formed = (
+            isinstance(dtype, str) and set(map(type, numbers := (*shape, begin, end))) == {int} and min(numbers) >= 0
+        )
     except (KeyError, TypeError, ValueError):
         well_formed = False
     if not well_formed or end < begin:

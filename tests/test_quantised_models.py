@@ -1,6 +1,7 @@
 """Quantised directories end to end: read, decoded expert by expert, and computed as transformers does decoded ones."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -460,3 +461,43 @@ def test_an_inkling_2_that_transformers_has_written_is_what_it_says(tmp_path: Pa
     edit_config(model, lambda config: config.update(transformers_version="5.23.0"))
     with pytest.raises(UnsupportedModel, match=r"config.json has no quantization_config"):
         read_model(model.path)
+
+
+def test_headers_alone_describe_a_model_of_deepseek_v3_s_size_per_layer(tmp_path: Path) -> None:
+    """Real shapes, sparse files: 1,573 tensors and 12 GB to a layer, of which nothing is on disk."""
+    dim, hidden, num_experts, num_layers = 7168, 2048, 256, 2
+    config = {
+        "model_type": "deepseek_v3",
+        "torch_dtype": "bfloat16",
+        "hidden_size": dim,
+        "moe_intermediate_size": hidden,
+        "n_routed_experts": num_experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_hidden_layers": num_layers,
+        "quantization_config": FP8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for layer in range(num_layers):
+        block, header, end = f"model.layers.{layer}.mlp", {}, 0
+        entries: list[tuple[str, str, tuple[int, ...], int]] = [
+            ("gate.weight", "BF16", (num_experts, dim), 2),
+            ("gate.e_score_correction_bias", "F32", (256,), 4),
+        ]
+        for mlp in [*(f"experts.{expert}" for expert in range(num_experts)), "shared_experts"]:
+            for part, shape in (("gate", (hidden, dim)), ("up", (hidden, dim)), ("down", (dim, hidden))):
+                entries.append((f"{mlp}.{part}_proj.weight", "F8_E4M3", shape, 1))
+                entries.append((f"{mlp}.{part}_proj.weight_scale_inv", "F32", (shape[0] // 128, shape[1] // 128), 4))
+        for name, dtype, sizes, item_bytes in entries:
+            begin, end = end, end + math.prod(sizes) * item_bytes
+            header[f"{block}.{name}"] = {"dtype": dtype, "shape": sizes, "data_offsets": [begin, end]}
+        raw = json.dumps(header).encode()
+        with (tmp_path / f"model-{layer + 1:05d}-of-{num_layers:05d}.safetensors").open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + end)
+    spec = read_model(tmp_path)
+    assert (spec.layers, spec.num_experts, spec.dtype) == (("0", "1"), num_experts, "bfloat16")
+    assert spec.quantisation == "FP8, one scale for 128 x 128 weights"
+    assert Checkpoint(spec).expert_bytes("1", 255) == 3 * (hidden * dim + 4 * (hidden // 128) * (dim // 128))
