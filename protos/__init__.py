@@ -12,6 +12,7 @@ __all__ = [
     "expert_pb2",
     "loops",
     "model",
+    "pages",
     "router_pb2",
     "services",
     "stored",
