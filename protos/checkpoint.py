@@ -8,7 +8,7 @@ rows of gate and up (F without a gate), E routed experts, C = E + identity choic
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,13 +91,11 @@ def read_model(path: Path) -> ModelSpec:
     config = read_config(path)
     quantisation = read_quantisation(config.document, file=config.file)
     blocks = find_blocks(index_directory(path), config, quantisation)
-    code = plain_dtype(blocks)
-    first = next(iter(blocks.values()))
-    stored = first.experts[0].down.format
+    stored = next(iter(blocks.values())).experts[0].down.format
     return ModelSpec(
         path=path.absolute(),  # the spec travels to processes with other working directories
         family=config.family,
-        dtype=_model_dtype(config, first) if code is None else _DTYPE_NAMES[code],
+        dtype=_model_dtype(config, blocks),
         dim=config.dim,
         hidden_dim=config.hidden_dim,
         blocks={name: block.spec for name, block in blocks.items()},
@@ -120,9 +118,8 @@ class Checkpoint:
         config = read_config(spec.path)
         quantisation = read_quantisation(config.document, file=config.file)
         self._blocks = find_blocks(index_directory(spec.path), config, quantisation)
-        code = plain_dtype(self._blocks)
         described = {name: block.spec for name, block in self._blocks.items()}
-        if described != spec.blocks or (code is not None and code != _CODES[spec.dtype]):
+        if described != spec.blocks or _model_dtype(config, self._blocks) != spec.dtype:
             raise CorruptWeights(f"{spec.path}: the weights changed since the model was described")
         self._lock = threading.Lock()
         self._bytes_read = 0
@@ -283,14 +280,22 @@ class Checkpoint:
         return tensor
 
 
-def _model_dtype(config: Config, block: Block) -> Literal["float32", "bfloat16", "float16"]:
-    """The dtype quantised experts are dequantised to: what config.json says, else the router's."""
+def _model_dtype(config: Config, blocks: Mapping[str, Block]) -> Literal["float32", "bfloat16", "float16"]:
+    """The dtype the model computes in: what config.json says, as transformers takes it, whatever the stored one is.
+
+    Where config.json does not say: that of the stored experts, or if those are quantised the router's.
+
+    Raises:
+        UnsupportedModel: the stored experts have several dtypes, or one that is none of these.
+    """
+    code = plain_dtype(blocks)
     for values in (config.values, config.document):
         for key in ("dtype", "torch_dtype"):
             name = values.get(key)
             if isinstance(name, str) and name.removeprefix("torch.") in _CODES:
                 return _DTYPE_NAMES[_CODES[name.removeprefix("torch.")]]  # type: ignore[index]
-    router = block.others["router"]
-    if router.dtype not in DTYPES:
+    router = next(iter(blocks.values())).others["router"]
+    code = code or router.dtype
+    if code not in _DTYPE_NAMES:
         raise UnsupportedModel(f"{router.file.path}: tensor {router.name} has dtype {router.dtype}")
-    return _DTYPE_NAMES[router.dtype]
+    return _DTYPE_NAMES[code]

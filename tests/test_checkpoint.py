@@ -214,6 +214,19 @@ def test_absent_keys_take_the_defaults_of_transformers(family: str) -> None:
             assert setting.required or getattr(holder, key, setting.default) == setting.default, key
 
 
+def test_the_config_s_dtype_goes_before_the_stored_one_as_in_transformers(tmp_path: Path) -> None:
+    tiny_model("mixtral", tmp_path, dtype="float32")
+    _edit_config(tmp_path, dtype="bfloat16")
+    spec, reference = read_model(tmp_path), load_reference(tmp_path)
+    assert spec.dtype == "bfloat16"
+    block: Any = reference_block(reference, "1")
+    checkpoint = Checkpoint(spec)
+    assert torch.equal(checkpoint.expert("1", 3).up_IL, block.experts.gate_up_proj[3])
+    assert torch.equal(checkpoint.gate("1").weight_ED, block.gate.weight)
+    _edit_config(tmp_path, dtype=...)
+    assert read_model(tmp_path).dtype == "float32"
+
+
 @pytest.mark.parametrize("keys", [("hidden_act",), ("routed_scaling_factor", "norm_topk_prob")])
 def test_a_config_may_leave_out_what_is_default(keys: tuple[str, ...], tmp_path: Path) -> None:
     tiny_model("deepseek_v3", tmp_path)
