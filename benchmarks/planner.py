@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit-s", type=float, default=15)
+    parser.add_argument("--limit-s", type=float, default=30)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     args = parser.parse_args()
     git = subprocess.run(
