@@ -74,7 +74,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare every MoE layer with transformers' own on random inputs; status 1 beyond tolerance."""
+    """Compare every MoE layer with transformers' own (the model has to fit in memory); status 1 beyond tolerance."""
     with output(as_json=as_json) as out:
         _check_address(router)
         spec = _read_model(model)

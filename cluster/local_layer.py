@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experts.compute import partial_sums
 from experts.packed import WeightDtype
-from experts.weights import ExpertCopy, load_expert
+from experts.weights import ExpertCopy, load_expert, progress
 from protos.checkpoint import Checkpoint
 from protos.errors import InvalidRequest
 from protos.model import ModelSpec
@@ -34,6 +34,7 @@ class LocalLayer:
     layer: str
     dtype: torch.dtype = torch.float32
     weight_dtype: WeightDtype | None = None
+    checkpoint: Checkpoint | None = None  # of `spec`, if the caller has one: opening a large one takes seconds
     _copies: dict[int, ExpertCopy] = field(default_factory=dict)
     _checkpoint: Checkpoint = field(init=False)
     _gate: Gate = field(init=False)
@@ -44,7 +45,7 @@ class LocalLayer:
         block = self.spec.blocks.get(self.layer)
         if block is None:
             raise InvalidRequest(f"layer {self.layer!r} is not a MoE layer of this model {list(self.spec.layers)}")
-        self._checkpoint = Checkpoint(self.spec)
+        self._checkpoint = self.checkpoint or Checkpoint(self.spec)
         self._gate = Gate(block.gate, self._checkpoint.gate(self.layer))
         self._around = Around(block, self._checkpoint.around(self.layer))
         weights = self._checkpoint.shared(self.layer)
@@ -67,7 +68,8 @@ class LocalLayer:
         served_TK = (routing.expert_TK >= 0) & (routing.expert_TK < self.spec.num_experts)
         token_P, slot_P = np.nonzero(served_TK)
         expert_P = routing.expert_TK[token_P, slot_P]
-        for expert in set(expert_P.tolist()) - self._copies.keys():
+        missing = sorted(set(expert_P.tolist()) - self._copies.keys())
+        for expert in progress(missing, f"layer {self.layer}"):
             self._copies[expert] = self._read(expert)
         if len(expert_P):
             y_TL = partial_sums(

@@ -1,12 +1,13 @@
 """The oracle: a model's own code in transformers, loaded on this machine's CPU, and its MoE blocks by layer name.
 
 Blocks run with the plain (eager) experts of the modeling code. A quantised checkpoint is handed to transformers as
-the unquantised one it stands for: transformers reads few of the formats itself, and not on every machine.
+the unquantised one it stands for: transformers reads few of the formats itself, and not on every machine. So what is
+compared there is what the block computes; that the formats are decoded right is held by tests/test_quantised.py.
 """
 
 import inspect
+import json
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Reference:
         Raises:
             UnsupportedModel: the layer has no MoE block there.
         """
-        block = self._blocks.get(layer, self._blocks.get(f"thinker.{layer}"))
+        names = (layer, f"thinker.{layer}", f"decoder.{layer}")  # of models with a second tower that is not served
+        block = next((self._blocks[name] for name in names if name in self._blocks), None)
         if block is None:
             name = type(self.model).__name__
             raise UnsupportedModel(f"layer {layer}: transformers' {name} has no MoE block there")
@@ -77,14 +79,15 @@ def load_reference(spec: ModelSpec) -> Reference:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        config = transformers.AutoConfig.from_pretrained(spec.path, local_files_only=True)
-        options: dict[str, Any] = {"experts_implementation": "eager", "local_files_only": True, "dtype": "auto"}
-        if spec.quantisation:
+        config = _config(spec)
+        options: dict[str, Any] = {"experts_implementation": "eager", "local_files_only": True, "config": config}
+        if spec.quantisation or spec.blocks[spec.layers[0]].gate.num_identity:
             for part in (config, config.get_text_config()):
                 part.__dict__.pop("quantization_config", None)
-            options |= {"config": config, "state_dict": _unquantised(spec), "dtype": getattr(torch, spec.dtype)}
-        path: Path | None = None if spec.quantisation else spec.path
-        model: nn.Module = _model_class(config).from_pretrained(path, **options)
+            options |= {"state_dict": _unquantised(spec), "dtype": getattr(torch, spec.dtype)}
+            model: nn.Module = _model_class(config).from_pretrained(None, **options)
+        else:
+            model = _model_class(config).from_pretrained(spec.path, dtype="auto", **options)
     except ExpertmeshError:
         raise
     except Exception as err:
@@ -93,6 +96,26 @@ def load_reference(spec: ModelSpec) -> Reference:
     model.requires_grad_(False)
     model.eval()
     return Reference(model)
+
+
+def _config(spec: ModelSpec) -> Any:
+    """The model's configuration; of a family whose code is not in transformers, that of the class equal to it.
+
+    Raises:
+        UnsupportedModel: transformers has no class that computes the same.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    gate = spec.blocks[spec.layers[0]].gate
+    equal = {"kimi_k2": "deepseek_v3"} | ({"deepseek": "deepseek_v2"} if gate.renorm == "none" else {})
+    if spec.family in equal:
+        values = json.loads((spec.path / "config.json").read_bytes())
+        for key in ("model_type", "auto_map", "architectures"):
+            values.pop(key, None)
+        return CONFIG_MAPPING[equal[spec.family]].from_dict(values)
+    if spec.family in ("grok-1", "deepseek"):
+        raise UnsupportedModel(f"model {spec.path}: transformers has no class of {spec.family} to compare with")
+    return AutoConfig.from_pretrained(spec.path, local_files_only=True)
 
 
 def _model_class(config: Any) -> Any:
@@ -108,9 +131,19 @@ def _model_class(config: Any) -> Any:
 
 
 def _unquantised(spec: ModelSpec) -> dict[str, Tensor]:
-    """Tensors of the MoE blocks under the names they would have unquantised; the rest of the model is left out."""
+    """Tensors of the MoE blocks under the names they would have unquantised; the rest of the model is left out.
+
+    Identity experts, which have no weights, get zeros: transformers 5.23 has rows for them, and never reads them.
+    """
     checkpoint = Checkpoint(spec)
-    return {name: tensor for layer in spec.layers for name, tensor in checkpoint.unquantised(layer)}
+    tensors: dict[str, Tensor] = {}
+    for layer, block in spec.blocks.items():
+        tensors |= dict(checkpoint.unquantised(layer))
+        last = block.gate.num_experts - 1
+        for name in [name for name in tensors if f".experts.{last}." in name and ".down_proj" not in name]:
+            for identity in range(last + 1, last + 1 + block.gate.num_identity):
+                tensors[name.replace(f".experts.{last}.", f".experts.{identity}.")] = torch.zeros_like(tensors[name])
+    return tensors
 
 
 class _GemmaMoE(nn.Module):

@@ -18,9 +18,9 @@ from cluster.local_layer import LocalLayer
 from cluster.patterns import Pattern
 from cluster.reference import load_reference
 from cluster.traffic import DrawnTraffic, TraceTraffic, Traffic
-from cluster.verify import LayerError, tolerance_of, verify_layers
+from cluster.verify import TOKEN_COUNTS, LayerError, tolerance_of, verify_layers
 from experts.packed import WeightDtype
-from protos.checkpoint import read_model
+from protos.checkpoint import Checkpoint, read_model
 from protos.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from protos.model import ModelSpec
 from protos.router_pb2 import DescribeResponse
@@ -124,19 +124,23 @@ async def run_verify(
     """
     tolerance = tolerance_of(spec, weight_dtype)
     if router is None:
-        reference = load_reference(spec)
+        reference, checkpoint = load_reference(spec), Checkpoint(spec)
         local: dict[str, LocalLayer] = {}  # of the layer at hand
 
         async def compute(layer: str, x_TD: Tensor, token_ids_T: npt.NDArray[np.int64]) -> Tensor:
             if layer not in local:
                 local.clear()
-                local[layer] = LocalLayer(spec, layer, weight_dtype=weight_dtype)
+                local[layer] = LocalLayer(spec, layer, weight_dtype=weight_dtype, checkpoint=checkpoint)
             return local[layer](x_TD, token_ids_T=token_ids_T)[0]
 
-        errors = await verify_layers(spec, reference, compute, on_layer=lambda error: on_layer(error, tolerance))
+        errors = await verify_layers(
+            spec, reference, compute, on_layer=lambda error: on_layer(error, tolerance), checkpoint=checkpoint
+        )
     else:
         async with RouterClient(router) as client:
             limit = (await _describe(client, spec)).max_request_tokens
+            for layer in spec.layers:
+                _block_tokens(spec, layer, max(TOKEN_COUNTS), limit)  # what may not be split has to fit
             reference = load_reference(spec)
 
             async def compute(layer: str, x_TD: Tensor, token_ids_T: npt.NDArray[np.int64]) -> Tensor:

@@ -46,7 +46,12 @@ def tolerance_of(spec: ModelSpec, weight_dtype: str | None) -> float:
 
 
 async def verify_layers(
-    spec: ModelSpec, reference: Reference, compute: Compute, *, on_layer: Callable[[LayerError], None]
+    spec: ModelSpec,
+    reference: Reference,
+    compute: Compute,
+    *,
+    on_layer: Callable[[LayerError], None],
+    checkpoint: Checkpoint | None = None,
 ) -> list[LayerError]:
     """Compare every MoE layer.
 
@@ -55,8 +60,9 @@ async def verify_layers(
         compute: (layer, x [T, D], token ids [T]) to the whole block's output [T, D]: in this process or through a
             router.
         on_layer: called with each layer's result.
+        checkpoint: of `spec`, if the caller has it open.
     """
-    checkpoint = Checkpoint(spec)
+    checkpoint = checkpoint or Checkpoint(spec)
     tables = [checkpoint.gate(layer).table_VK for layer, block in spec.blocks.items() if block.gate.needs_token_ids]
     num_ids = min((len(table_VK) for table_VK in tables if table_VK is not None), default=1)
     results = []

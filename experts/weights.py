@@ -5,8 +5,9 @@ Shapes: D width of the rows, F expert hidden dim, I = 2F rows of gate over up (F
 
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from protos.model import ExpertForm, ModelSpec
 from protos.pages import paged_tensors
 
 CopyKey = tuple[str, int]  # (layer, expert)
+BAR_AFTER_S = 1.0
+KeyT = TypeVar("KeyT")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -79,6 +82,12 @@ def load_expert(
     )
 
 
+def progress(keys: Sequence[KeyT], what: str) -> Iterable[KeyT]:
+    """Go through experts to read, with a bar for a person at a terminal once it has taken BAR_AFTER_S."""
+    bar: Iterable[KeyT] = tqdm(keys, desc=what, unit="expert", delay=BAR_AFTER_S, leave=False, disable=None)
+    return bar
+
+
 def bytes_per_copy(spec: ModelSpec, dtype: torch.dtype, weight_dtype: WeightDtype | None = None) -> int:
     """Memory of one expert: its matrices, packed or plain, and its biases."""
     block = next(iter(spec.blocks.values()))
@@ -132,8 +141,7 @@ class ExpertShard:
                 raise Overloaded(
                     f"{len(wanted)} more copies need {needed} bytes in all, above budget_bytes ({self.budget_bytes})"
                 )
-            # A bar for a person at a terminal, after the first second; a log gets the server's own lines.
-            for key in tqdm(wanted, desc="experts", unit="expert", delay=1, leave=False, disable=None):
+            for key in progress(wanted, "experts"):
                 copy = load_expert(
                     self.checkpoint, *key, device=self.device, dtype=self.dtype, weight_dtype=self.weight_dtype
                 )

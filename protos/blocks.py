@@ -204,7 +204,10 @@ class BlockResolver:
         )
 
     def _is_transposed(self, up: str, rows: str) -> bool:
-        """Whether stacks are (E, in, out). The down projection tells, unless L = F, and then the other one does."""
+        """Whether stacks are (E, in, out). The down projection tells, unless L = F, and then the other one does.
+
+        With L = F and gate and up apart no shape tells: such stacks are (E, out, in), as in every family that has them.
+        """
         for part, straight in (("stacked down", ("L", "F")), (up, (rows, "L"))):
             extent = self._found.piece(part, "weight").get(0)
             sizes = tuple(self._size(size) for size in straight)

@@ -91,7 +91,8 @@ def read_model(path: Path) -> ModelSpec:
     config = read_config(path)
     quantisation = read_quantisation(config.document, file=config.file)
     blocks = find_blocks(index_directory(path), config, quantisation)
-    stored = next(iter(blocks.values())).experts[0].down.format
+    matrices = (m for block in blocks.values() for expert in block.experts for m in (expert.down, *expert.ups))
+    stored = next((matrix.format for matrix in matrices if matrix.format is not None), None)
     return ModelSpec(
         path=path.absolute(),  # the spec travels to processes with other working directories
         family=config.family,

@@ -163,7 +163,7 @@ class ModelSpec:
     dim: int  # D
     hidden_dim: int  # F
     blocks: Mapping[str, BlockSpec]  # by MoE layer: the transformer layer it sits in, "encoder.3" where there are two
-    quantisation: str = ""  # of the stored experts, for people: "" or for example "fp8 blocks of 128x128"
+    quantisation: str = ""  # of the first quantised expert, for people; "": all experts are stored plain
 
     @property
     def layers(self) -> tuple[str, ...]:

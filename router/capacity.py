@@ -78,7 +78,9 @@ def apply_capacity(
     num_tokens, top_k = routing.expert_TK.shape
     num_copies_E = placement.num_copies_E
     capacity = capacity_per_copy(overflow, num_tokens=num_tokens, top_k=top_k, num_experts=len(num_copies_E))
-    local_N = _local(routing, len(num_copies_E)) if gate.spec.leaves_gaps else None
+    # A request's own routing (which comes without scores) may leave choices out, too.
+    may_leave_gaps = gate.spec.leaves_gaps or routing.score_TE is None
+    local_N = _local(routing, len(num_copies_E)) if may_leave_gaps else None
     if capacity is None and num_copies_E.all():
         return _unchanged(routing, None, local_N)
     expert_N = routing.expert_TK.ravel()

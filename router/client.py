@@ -13,7 +13,7 @@ from torch import Tensor
 
 from protos import common_pb2, router_pb2
 from protos.codec import WIRE_DTYPES, decode, encode, read_floats, read_ints, read_tensor, tensor_bytes
-from protos.errors import DeadlineExceeded, ExpertmeshError, Unavailable, from_proto, from_rpc
+from protos.errors import DeadlineExceeded, ExpertmeshError, InvalidRequest, Unavailable, from_proto, from_rpc
 from protos.services import CHANNEL_OPTIONS, describe_method, router_stream
 from router.gate import Routing
 from router.ledger import RequestLedger
@@ -102,6 +102,10 @@ class RouterClient:
             return_routing=return_routing,
             token_ids=b"" if token_ids_T is None else np.ascontiguousarray(token_ids_T, dtype=np.int64).tobytes(),
         )
+        if token_ids_T is not None and (token_ids_T.ndim != 1 or token_ids_T.dtype.kind not in "iu"):
+            raise InvalidRequest(
+                f"token_ids has shape {list(token_ids_T.shape)} and dtype {token_ids_T.dtype}, expected integers [T]"
+            )
         if routing is not None:
             head.routing.CopyFrom(routing_to_proto(routing))
         head.request_id = request_id = self._next_id

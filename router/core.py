@@ -284,12 +284,15 @@ class Router:
                 f"routing has expert_ids {list(expert_TK.shape)} and gate_weights {list(weight_TK.shape)}, "
                 f"expected [{num_tokens}, K] with K in 1..{limit}"
             )
-        bad = (expert_TK < 0) | (expert_TK >= limit)
+        bad = (expert_TK < -1) | (expert_TK >= limit) | ((expert_TK == -1) & (weight_TK != 0))
         if bad.any():
             row, k = np.argwhere(bad)[0].tolist()
-            raise InvalidRequest(f"routing.expert_ids[{row}, {k}] is {expert_TK[row, k]}, limit is 0..{limit - 1}")
+            raise InvalidRequest(
+                f"routing.expert_ids[{row}, {k}] is {expert_TK[row, k]} with weight {weight_TK[row, k]}, "
+                f"limit is 0..{limit - 1}, or -1 with weight 0 for no expert"
+            )
         sorted_TK = np.sort(expert_TK, axis=1)
-        twice = (sorted_TK[:, 1:] == sorted_TK[:, :-1]).any(axis=1)
+        twice = ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] >= 0)).any(axis=1)
         if twice.any():
             row = int(np.argmax(twice))
             raise InvalidRequest(f"routing.expert_ids[{row}] is {expert_TK[row].tolist()}, each expert at most once")

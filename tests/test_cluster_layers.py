@@ -31,6 +31,11 @@ CASES = {
     "nemotron_h:latent": "relu squared without a gate, latent projections",
     "jetmoe": "an output bias, stacks under other names",
     "longcat_flash": "identity experts",
+    "step3p7": "clamped after the activation, split stacks",
+    "minimax_m3_vl": "gpt-oss's form without biases, one after the other",
+    "axk1": "a norm after the block",
+    "mistral4": "softmax with groups",
+    "inkling2": "soft-capped GLU",
     "switch_transformers": "a capacity for every sequence, encoder and decoder",
     "nllb_moe:tight": "a capacity for every batch, biases",
 }

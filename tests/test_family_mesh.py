@@ -2,10 +2,14 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from cluster.run_model import run_verify
+from protos.errors import InvalidRequest
 from router.client import RouterClient
 from tests.family_models import FAMILIES, block_output, build_family
 from tests.mesh import mesh
@@ -30,6 +34,25 @@ async def test_a_family_s_block_through_router_and_servers_is_its_own(name: str,
                     wanted_TD = block_output(family, layer, x_TD, ids_T)
                     assert float((answer.y_TD - wanted_TD).abs().max() / wanted_TD.abs().max()) <= 1e-5
                     assert answer.ledger.pairs == answer.ledger.computed
+                    # What comes back as the routing can be sent as one, gaps and identity experts included.
+                    again = await client.forward(layer, x_TD, routing=answer.routing)
+                    torch.testing.assert_close(again.y_TD, answer.y_TD)
+        document = await run_verify(served.spec, router=served.router.address, on_layer=lambda error, tolerance: None)
+        assert document["ok"], document
+
+
+async def test_token_ids_that_are_no_integers_are_refused(tmp_path: Path) -> None:
+    build_family("deepseek_v4:hash", tmp_path)
+    with mesh(tmp_path) as served:
+        async with RouterClient(served.router.address) as client:
+            x_TD = torch.randn(2, served.spec.dim)
+            bad: Any
+            for bad in (np.zeros(2), np.zeros((1, 2), dtype=np.int64)):
+                with pytest.raises(InvalidRequest, match="token_ids has shape"):
+                    await client.forward(served.spec.layers[0], x_TD, token_ids_T=bad)
+            for few in (None, np.zeros(1, dtype=np.int64), np.array([0, 10**9])):
+                with pytest.raises(InvalidRequest, match="token_ids"):
+                    await client.forward(served.spec.layers[0], x_TD, token_ids_T=few)
 
 
 async def test_projections_too_long_for_the_loop_are_computed_beside_it(

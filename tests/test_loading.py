@@ -1,5 +1,6 @@
 """Loading costs what it keeps: peak memory and bytes read, measured in a process of its own."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from experts.weights import ExpertShard
+from protos.checkpoint import Checkpoint, read_model
+from tests.tiny_models import tiny_model
 
 LAYERS, EXPERTS, DIM, HIDDEN = 4, 8, 1024, 1024
 MIB = 1 << 20
@@ -139,3 +144,28 @@ def test_loading_all_experts_takes_little_more_memory_than_they_keep(
     assert measured["read"] == EXPERTS * LAYERS * measured["expert"]
     source = measured["expert"] if weight_dtype else 0  # packing needs all of an expert beside what becomes of it
     assert measured["peak"] <= 1.3 * measured["kept"] + source, measured
+
+
+def test_a_long_load_shows_a_bar_at_a_terminal_and_a_log_stays_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def __init__(self, *, is_terminal: bool) -> None:
+            super().__init__()
+            self._is_terminal = is_terminal
+
+        def isatty(self) -> bool:
+            return self._is_terminal
+
+    monkeypatch.setattr("experts.weights.BAR_AFTER_S", 0.0)
+    spec = read_model(tiny_model("mixtral", tmp_path))
+    shown = {}
+    for is_terminal in (True, False):
+        screen = Terminal(is_terminal=is_terminal)
+        monkeypatch.setattr(sys, "stderr", screen)
+        shard = ExpertShard(spec, Checkpoint(spec), torch.device("cpu"), torch.float32, 1 << 40)
+        shard.load([(layer, expert) for layer in spec.layers for expert in range(spec.num_experts)])
+        shown[is_terminal] = screen.getvalue()
+    assert "experts" in shown[True]
+    assert "/24" in shown[True]
+    assert not shown[False]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.local_layer import LocalLayer
+from cluster.run_model import run_verify
 from protos.checkpoint import Checkpoint, read_model
 from protos.errors import CorruptWeights, UnsupportedModel
 from tests.family_configs import DIM
@@ -501,3 +502,23 @@ def test_headers_alone_describe_a_model_of_deepseek_v3_s_size_per_layer(tmp_path
     assert (spec.layers, spec.num_experts, spec.dtype) == (("0", "1"), num_experts, "bfloat16")
     assert spec.quantisation == "FP8, one scale for 128 x 128 weights"
     assert Checkpoint(spec).expert_bytes("1", 255) == 3 * (hidden * dim + 4 * (hidden // 128) * (dim // 128))
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_verify_compares_quantised_models_with_what_they_stand_for(name: str, tmp_path: Path) -> None:
+    model = build(name, tmp_path)
+    document = await run_verify(read_model(model.path), router=None, on_layer=lambda error, tolerance: None)
+    assert document["ok"], document
+    assert document["quantisation"] == CASES[name].method.words
+
+
+async def test_a_model_whose_first_moe_layer_is_plain_is_a_quantised_one(tmp_path: Path) -> None:
+    first = r"\.layers\.1\."
+    config = FP8 | {"weight_block_size": [128, 128], "modules_to_not_convert": ["model.layers.1."]}
+    words = "FP8, one scale for 128 x 128 weights"
+    method = Method(config=config, make={rf"^(?!.*{first})": fp8((128, 128))}, words=words)
+    model = build_quantised("deepseek_v3", tmp_path, method)
+    spec = read_model(model.path)
+    assert spec.quantisation == method.words
+    document = await run_verify(spec, router=None, on_layer=lambda error, tolerance: None)
+    assert document["ok"], document

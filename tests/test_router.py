@@ -395,7 +395,7 @@ async def test_bad_requests_are_refused_with_field_value_and_limit(name: str, mo
 
 @pytest.mark.parametrize(
     ("expert_ids", "message"),
-    [([[0, 8]], r"expert_ids\[0, 1\] is 8, limit is 0..7"), ([[2, 2]], "each expert at most once")],
+    [([[0, 8]], r"expert_ids\[0, 1\] is 8 with weight 1.0, limit is 0..7"), ([[2, 2]], "each expert at most once")],
 )
 async def test_bad_routing_is_refused(expert_ids: list[list[int]], message: str, model: Path) -> None:
     with mesh(model, 1) as built:
