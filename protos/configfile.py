@@ -1,7 +1,7 @@
 """config.json, read through its family's row: what every MoE block of the model is.
 
 Nothing is guessed: a value that the row does not provide for, a missing key, and a gating key that the row does not
-read but that is not neutral either are errors that name the key.
+read but that is not neutral either (unread.py) are errors that name the key.
 """
 
 import json
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from protos.errors import UnsupportedModel
-from protos.families import FAMILIES
+from protos.families import ALIASES, FAMILIES
 from protos.model import Activation, BlockSpec, ExpertForm, GateSpec, GroupLimit, OwnCapacity, SharedSpec
-from protos.settings import Family, Scalar, Setting, Variant, settings_of
+from protos.settings import COMPOSITES, Family, Scalar, Setting, Variant, settings_of
+from protos.unread import unread
 
 _ACTIVATIONS: Mapping[object, Activation] = {
     "silu": "silu",
@@ -28,46 +29,15 @@ _ACTIVATIONS: Mapping[object, Activation] = {
     "relu2": "relu2",
 }
 
-# Keys that change what a gate, an expert or a block computes, with the values that change nothing. A config that has
-# one of them with another value is refused unless its family's row reads the key.
-_WATCHED: Mapping[str, tuple[Scalar, ...]] = {
-    "n_group": (None, 1),
-    "num_expert_group": (None, 1),
-    "topk_group": (None, 1),
-    "norm_topk_prob": (None,),
-    "moe_renormalize": (None,),
-    "route_norm": (None,),
-    "routed_scaling_factor": (None, 1, 1.0),
-    "route_scale": (None, 1, 1.0),
-    "router_scaling_factor": (None, 1, 1.0),
-    "moe_routed_scaling_factor": (None, 1, 1.0),
-    "moe_router_scaling_factor": (None, 1, 1.0),
-    "scoring_func": (None,),
-    "score_func": (None,),
-    "topk_method": (None, "greedy"),
-    "expert_selection_fn": (None,),
-    "router_bias": (None, False),
-    "use_expert_bias": (None, False),
-    "moe_router_logit_softcapping": (None, 0, 0.0),
-    "moe_apply_router_weight_on_input": (None, False),
-    "swiglu_limit": (None,),
-    "swiglu_limits": (None,),
-    "swiglu_limits_shared": (None,),
-    "swiglu_alpha": (None,),
-    "mlp_gate_softcap": (None,),
-    "mlp_up_softcap": (None,),
-    "moe_latent_size": (None,),
-    "moe_hidden_size": (None,),
-    "zero_expert_num": (None, 0),
-    "n_shared_experts": (None, 0),
-    "num_shared_experts": (None, 0),
-    "moe_num_shared_experts": (None, 0),
-    "shared_expert_intermediate_size": (None, 0),
-    "moe_shared_expert_intermediate_size": (None, 0),
-    "moe_token_dropout": (None, 0, 0.0),
+_CAPACITY_KEYS: Mapping[str, frozenset[str]] = {
+    "sequence": frozenset({"expert_capacity"}),
+    "batch": frozenset(
+        {
+            *("expert_capacity", "moe_eval_capacity_token_fraction", "batch_prioritized_routing"),
+            *("normalize_router_prob_before_dropping", "moe_token_dropout"),
+        }
+    ),
 }
-_RENORMALISATIONS = ("norm_topk_prob", "moe_renormalize", "route_norm")  # also neutral: what the family does anyway
-_COMPOSITES = ("text_config", "thinker_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +296,7 @@ def read_config(path: Path) -> Config:
     config = Config(file=file, values=values, family=family, row=row, document=document)
     for variant in row.variants:
         config = replace(config, row=replace(config.row, **_chosen(config, variant)))
-    _check_watched(config)
+    _refuse_unread(config)
     return replace(config, stacks={side: _num_layers(config, setting) for side, setting in row.stacks.items()})
 
 
@@ -340,7 +310,7 @@ def _text_model(document: Mapping[str, Any]) -> tuple[str | None, Mapping[str, A
     """The family and the section that describes the text model: the outermost one with a known type and experts."""
     candidates = [document]
     section: Mapping[str, Any] = document
-    while nested := next((section[key] for key in _COMPOSITES if isinstance(section.get(key), dict)), None):
+    while nested := next((section[key] for key in COMPOSITES if isinstance(section.get(key), dict)), None):
         section = nested
         candidates.append(section)
     # A composite's own type names the family; its keys are in the innermost section. The type there may be another
@@ -356,6 +326,7 @@ def _family(model_type: object) -> str | None:
     if not isinstance(model_type, str):
         return None
     for name in (model_type, model_type.removesuffix("_text")):
+        name = ALIASES.get(name, name)
         if name in FAMILIES:
             return name
     return None
@@ -370,17 +341,16 @@ def _chosen(config: Config, variant: Variant) -> Mapping[str, Any]:
     raise config._unsupported(variant.setting, value, ", ".join(repr(known) for known in variant.values))
 
 
-def _check_watched(config: Config) -> None:
-    read = {key for setting in settings_of(config.row) for key in setting.keys} | config.row.ignored
-    if config.row.capacity == "batch":
-        read.add("moe_token_dropout")
-    renormalises = config._flag(config.row.renorm) or config.row.chosen == "softmax"
-    for name, neutral in _WATCHED.items():
-        if name in _RENORMALISATIONS:
-            neutral = (*neutral, renormalises)
-        value = config.values.get(name)
-        if name not in read and value not in neutral and not (value == [] or isinstance(value, dict)):
-            raise UnsupportedModel(
-                f"{config.file}: {name} is {value!r}, an option that {config.family} does not have "
-                f"(supported: {' or '.join(map(repr, neutral))})"
-            )
+def _refuse_unread(config: Config) -> None:
+    row = config.row
+    read = {key for setting in settings_of(row) for key in setting.keys} | row.ignored
+    if row.capacity is not None:
+        read |= _CAPACITY_KEYS[row.capacity]
+    renormalises = config._flag(row.renorm) or row.chosen == "softmax"
+    for key, value, neutral in unread(
+        config.values, read=read, renormalises=renormalises, routes_in_float32=row.logits_dtype == "float32"
+    ):
+        raise UnsupportedModel(
+            f"{config.file}: {key} is {value!r}, an option that {config.family} does not have "
+            f"(supported: {' or '.join(map(repr, neutral))})"
+        )

@@ -15,7 +15,10 @@ from protos.family_lines import (
     GLM4,
     GPT_OSS,
     GRANITE,
+    GRANITE_SHARED,
+    LAGUNA,
     MINIMAX_M2,
+    MINIMAX_M3,
     MIXTRAL,
     OLMOE,
     QWEN,
@@ -23,11 +26,14 @@ from protos.family_lines import (
     QWEN_SHARED,
     SHARED,
     SQRT_SOFTPLUS,
+    STEP3,
     V2,
     V3,
     V3_UNGROUPED,
 )
-from protos.settings import ACTIVATION, MOE_WIDTH, TOP_K, WIDTH, Family, SharedRow, Variant, key, need
+from protos.settings import ACTIVATION, TOP_K, WIDTH, Family, SharedRow, Variant, key, need, only
+
+ALIASES: Mapping[str, str] = {"step3p5": "step3p7"}  # Step-3.5-Flash is what Step-3.7 has as its text model
 
 FAMILIES: Mapping[str, Family] = {
     "mixtral": MIXTRAL,
@@ -56,7 +62,8 @@ FAMILIES: Mapping[str, Family] = {
         top_k=replace(TOP_K, per_layer=True),
         logits_dtype="float32",
         router_dtype="float32",
-        shared=SharedRow(),
+        shared=SharedRow(count=key("num_shared_expert", default=1)),
+        variants=(only("use_mixed_mlp_moe", True),),
     ),
     "dbrx": replace(
         MIXTRAL,
@@ -84,6 +91,13 @@ FAMILIES: Mapping[str, Family] = {
         renorm_eps=key("moe_norm_min", default=1e-12),
         weight_dtype="model",
         shared=SharedRow(count=key("moe_num_shared_experts", default=2)),
+        variants=(
+            only("moe_gate", "topk"),
+            only("moe_gate_act", "softmax"),
+            only("moe_use_aux_free", True),
+            only("moe_norm_gate_logits", True),
+        ),
+        ignored=frozenset({"moe_capacity"}),  # of training
     ),
     "phimoe": Family(
         hidden_dim=WIDTH,
@@ -105,7 +119,7 @@ FAMILIES: Mapping[str, Family] = {
         renorm=key("norm_topk_prob", default=False),
         renorm_eps=1e-20,
         shared=replace(SHARED, count=key("n_shared_experts")),
-        variants=(Variant(setting=key("scoring_func", default="softmax"), values={"softmax": {}}),),
+        variants=(only("scoring_func", "softmax"),),
     ),
     "deepseek_v2": V2,
     "deepseek_ocr2": V2,
@@ -117,7 +131,12 @@ FAMILIES: Mapping[str, Family] = {
     "axk2": replace(
         V3, num_groups=key("n_group", default=None), top_groups=key("topk_group", default=None), excluded="zero"
     ),
-    "bailing_hybrid": replace(V3, shared=replace(SHARED, count=key("num_shared_experts", default=1))),
+    "bailing_hybrid": replace(
+        V3,
+        shared=replace(SHARED, count=key("num_shared_experts", default=1)),
+        variants=(*V3.variants, only("moe_router_enable_expert_bias", True)),
+        ignored=frozenset({"moe_shared_expert_intermediate_size"}),  # which is the routed experts', as shapes tell
+    ),
     "beam": replace(
         V3,
         router_dtype="float32",
@@ -131,7 +150,10 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe_lite": replace(GLM4, scale=key("routed_scaling_factor", default=1.8)),
     "glm_moe_dsa": V3_UNGROUPED,
     "dots1": replace(
-        GLM4, renorm=key("norm_topk_prob", default=False), shared=replace(SHARED, count=need("n_shared_experts"))
+        GLM4,
+        renorm=key("norm_topk_prob", default=False),
+        shared=replace(SHARED, count=need("n_shared_experts")),
+        variants=(only("topk_method", "noaux_tc"), only("scoring_func", "sigmoid", "noaux_tc")),  # the hub's, the same
     ),
     "dots3_note": replace(
         GLM4,
@@ -144,8 +166,19 @@ FAMILIES: Mapping[str, Family] = {
         scale=key("routed_scaling_factor", default=2.827),
         shared=replace(SHARED, activation=ACTIVATION, limit=inf),
     ),
-    "kimi_linear": replace(V3_UNGROUPED, scale=key("routed_scaling_factor", default=2.446)),
-    "mimo_v2_flash": replace(GLM4, shared=None),
+    "kimi_linear": replace(
+        V3_UNGROUPED,
+        scale=key("routed_scaling_factor", default=2.446),
+        variants=(*V3.variants, only("moe_router_activation_func", "sigmoid"), only("use_grouped_topk", True)),
+    ),
+    "mimo_v2_flash": replace(
+        GLM4,
+        shared=None,
+        variants=(
+            *GLM4.variants,
+            Variant(setting=key("routed_scaling_factor", default=1.0), values={None: {"scale": 1.0}, ...: {}}),
+        ),
+    ),
     "nemotron_h": replace(
         GLM4,
         stacks={"": need("num_hidden_layers", "layers_block_type", "layer_types")},
@@ -167,8 +200,9 @@ FAMILIES: Mapping[str, Family] = {
         shared=SharedRow(),
         variants=(
             SQRT_SOFTPLUS,
-            Variant(setting=key("norm_topk_prob", default=True), values={True: {}}),
-            Variant(setting=key("n_shared_experts", default=1), values={1: {}}),
+            only("topk_method", "noaux_tc"),
+            only("norm_topk_prob", True),
+            only("n_shared_experts", 1),
         ),
     ),
     "mistral4": replace(
@@ -191,8 +225,8 @@ FAMILIES: Mapping[str, Family] = {
         scale=key("route_scale", default=1.0),
         shared=SharedRow(count=key("num_shared_experts", default=2)),
         variants=(
-            Variant(setting=key("score_func", default="sigmoid"), values={"sigmoid": {}}),
-            Variant(setting=key("route_norm", default=True), values={True: {}}),
+            only("score_func", "sigmoid"),
+            only("route_norm", True),
         ),
     ),
     "hy_v3": Family(
@@ -203,38 +237,13 @@ FAMILIES: Mapping[str, Family] = {
         renorm_eps=1e-20,
         scale=key("router_scaling_factor", default=2.826),
         shared=SharedRow(count=key("num_shared_experts", default=1)),
+        variants=(only("moe_router_use_sigmoid", True), only("moe_router_enable_expert_bias", True)),
+        ignored=frozenset({"enable_moe_fp32_combine"}),  # sums are taken in fp32 in any case
     ),
     "minimax_m2": MINIMAX_M2,
-    "minimax_m3_vl": replace(
-        MINIMAX_M2,
-        glu="gpt_oss",
-        activation="silu",
-        limit=key("swiglu_limit", default=7.0),
-        alpha=key("swiglu_alpha", default=1.702),
-        output_scale=key("routed_scaling_factor", default=2.0),
-        shared=SharedRow(width=need("shared_intermediate_size")),
-    ),
-    "step3p7": replace(
-        MINIMAX_M2,
-        hidden_dim=MOE_WIDTH,
-        glu="clamped_after",
-        activation="silu",  # the hub says "swigluoai", and means the form
-        limit=replace(key("swiglu_limits"), per_layer=True),
-        output_scale=key("moe_router_scaling_factor", default=1.0),
-        shared=SharedRow(
-            width=need("share_expert_dim", "share_expert_dims"),
-            limit=replace(key("swiglu_limits_shared"), per_layer=True),
-        ),
-    ),
-    "laguna": replace(
-        MINIMAX_M2,
-        hidden_dim=MOE_WIDTH,
-        logit_softcap=key("moe_router_logit_softcapping", default=0.0),
-        weight_dtype="model",
-        output_scale=key("moe_routed_scaling_factor", default=1.0),
-        shared=SharedRow(width=need("shared_expert_intermediate_size")),
-        variants=(Variant(setting=key("moe_apply_router_weight_on_input", default=False), values={False: {}}),),
-    ),
+    "minimax_m3_vl": MINIMAX_M3,
+    "step3p7": STEP3,
+    "laguna": LAGUNA,
     "lfm2_moe": Family(
         score="sigmoid",
         score_dtype="model",
@@ -275,8 +284,8 @@ FAMILIES: Mapping[str, Family] = {
         selection_bias=True,
         scale=key("routed_scaling_factor", default=6.0),
         variants=(
-            Variant(setting=key("zero_expert_type", default="identity"), values={"identity": {}}),
-            Variant(setting=key("router_bias", default=False), values={False: {}}),
+            only("zero_expert_type", "identity"),
+            only("router_bias", False),
         ),
     ),
     "gpt_oss": GPT_OSS,
@@ -289,9 +298,9 @@ FAMILIES: Mapping[str, Family] = {
         interleaved=False,
     ),
     "granitemoe": GRANITE,
-    "granitemoeshared": GRANITE,
-    "granitemoehybrid": GRANITE,
-    "granitemoe_swa": GRANITE,
+    "granitemoeshared": GRANITE_SHARED,
+    "granitemoehybrid": GRANITE_SHARED,
+    "granitemoe_swa": GRANITE_SHARED,
     "jetmoe": replace(GRANITE, output_bias=True, activation=key("activation_function", default="silu")),
     "aria": replace(
         GRANITE,
@@ -338,7 +347,7 @@ FAMILIES: Mapping[str, Family] = {
         capacity="sequence",
         glu="plain",
         activation=key("dense_act_fn", default="relu"),
-        variants=(Variant(setting=key("router_dtype", default="float32"), values={"float32": {}}),),
+        variants=(only("router_dtype", "float32"),),
     ),
     "nllb-moe": Family(
         dim=need("d_model"),
@@ -353,8 +362,8 @@ FAMILIES: Mapping[str, Family] = {
         biases=True,
         activation=key("activation_function", default="relu"),
         variants=(
-            Variant(setting=key("router_dtype", default="float32"), values={"float32": {}}),
-            Variant(setting=key("second_expert_policy", default="all"), values={"all": {}}),
+            only("router_dtype", "float32"),
+            only("second_expert_policy", "all"),
         ),
     ),
 }

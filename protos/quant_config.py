@@ -20,6 +20,7 @@ from protos.quant_groups import read_groups
 from protos.quant_integers import Awq, Gptq
 from protos.quant_options import Options
 from protos.quantised import Quantisation, Rule, WeightFormat
+from protos.settings import COMPOSITES
 
 _KEYS = ("quantization_config", "compression_config")
 # routed experts, one by one or stacked, but not "shared_experts"
@@ -37,6 +38,8 @@ _NO_WEIGHT_DEPENDS_ON = {
     *("damp_percent", "dataset", "max_input_length", "meta", "model_file_base_name", "model_name_or_path"),
     *("model_seqlen", "module_name_preceding_first_block", "mse", "nsamples", "pad_token_id", "static_groups"),
     *("tokenizer", "true_sequential"),
+    *("failsafe", "gptaq", "offload_to_disk", "offload_to_disk_path", "pack_impl", "vram_strategy"),
+    "v2",  # GPTQModel's second algorithm; the layout gptq_v2 is checkpoint_format's
     # of kernels, the KV cache and the output embedding
     *("backend", "dequantize", "disable_exllama", "do_fuse", "exllama_config", "fuse_max_seq_len"),
     *("kv_cache_quant_algo", "kv_cache_scheme", "lm_head", "modules_to_fuse", "use_cuda_fp16", "use_exllama"),
@@ -84,9 +87,8 @@ def read_quantisation(document: Mapping[str, Any], *, file: Path) -> Quantisatio
 
 
 def _read_section(values: Mapping[str, Any], *, file: Path) -> Quantisation | None:
-    """quantization_config of config.json or of its text section; None where neither has one."""
-    nested = values.get("text_config")
-    sections = [values, *([nested] if isinstance(nested, Mapping) else [])]
+    """quantization_config of config.json or of a text section in it; None where none has one."""
+    sections = _sections(values)
     found = [(key, section[key]) for section in sections for key in _KEYS if section.get(key) is not None]
     if not found:
         return None
@@ -101,6 +103,12 @@ def _read_section(values: Mapping[str, Any], *, file: Path) -> Quantisation | No
     default, rules = _METHODS[method](reader)
     reader.refuse_unknown()
     return Quantisation(method=method, rules=tuple(rules), default=default)
+
+
+def _sections(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config and the text models' sections within it, the outermost first."""
+    nested = [values[key] for key in COMPOSITES if isinstance(values.get(key), Mapping)]
+    return [values, *(section for inner in nested for section in _sections(inner))]
 
 
 def _read_fp8(options: Options) -> _Read:
@@ -141,6 +149,7 @@ def _read_gptq(options: Options) -> _Read:
     options.one_of("method", ("gptq",), default="gptq")
     options.one_of("pack_dtype", ("int32",), default="int32")
     options.one_of("is_marlin_format", (False,), default=False)
+    options.one_of("hyb_act", (False,), default=False)  # true: an order of columns between those of desc_act
     by_gptqmodel = "gptqmodel:" in str(options.section("meta").value("quantizer"))
     zeros: Literal["plain", "less one", "borrowed"]
     zeros = "plain" if layout == "gptq_v2" else "borrowed" if by_gptqmodel else "less one"

@@ -29,7 +29,7 @@ def read_groups(options: Options) -> tuple[WeightFormat | None, list[Rule]]:
     Raises:
         UnsupportedModel: an option is not understood.
     """
-    options.one_of("quantization_status", ("compressed",))
+    options.one_of("quantization_status", ("compressed", "frozen"))  # frozen: calibrated, and stored the same
     options.section("sparsity_config").one_of("format", ("dense",), default="dense")
     for key in ("transform_config", "moe_sparsity_config"):
         options.one_of(key, ({},), default={})

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from protos.model import Activation, Score
 
+# sections of config.json that describe the text model of a composite one
+COMPOSITES = ("text_config", "thinker_config", "llm_config", "language_config")
+
 Scalar = int | float | bool | str | None
 
 
@@ -36,7 +39,15 @@ def need(*names: str) -> Setting:
 
 
 NUM_EXPERTS = need("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = need("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+TOP_K = need(
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k_experts",
+    "experts_per_token",
+)
 DIM = need("hidden_size")
 WIDTH = need("intermediate_size")
 MOE_WIDTH = need("moe_intermediate_size", "expert_ffn_hidden_size")
@@ -65,6 +76,11 @@ class Variant:
 
     setting: Setting
     values: Mapping[Any, Mapping[str, Any]]
+
+
+def only(name: str, *values: Scalar) -> Variant:
+    """A key that says what the family does anyway: the first value if it is absent, and no others than these."""
+    return Variant(setting=key(name, default=values[0]), values={value: {} for value in values})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ STACKS: Mapping[str, str] = dict.fromkeys(
         "model.language_model.",
         "language_model.model.",
         "language_model.",
+        "language.model.",
         "backbone.",
         "transformer.",
         "thinker.model.",

@@ -148,6 +148,19 @@ def test_a_model_without_the_section_is_not_quantised(values: dict[str, Any]) ->
     assert read_quantisation(values, file=FILE) is None
 
 
+GPTQMODELS_OWN: dict[str, Any] = {  # which says how it has worked
+    "adapter": None,
+    "failsafe": {"strategy": "rtn", "threshold": "0.5%"},
+    "gptaq": None,
+    "hyb_act": False,
+    "offload_to_disk": True,
+    "offload_to_disk_path": "./gptqmodel_offload/tmp",
+    "pack_impl": "cpu",
+    "v2": False,
+    "vram_strategy": "exclusive",
+}
+
+
 def gptq(**options: Any) -> Gptq:
     return replace(V1, **options)
 
@@ -167,6 +180,7 @@ def gptq(**options: Any) -> Gptq:
         (changed(GPTQ, "meta", {"quantizer": "gptqmodel:2.2.0"}), gptq(zeros="borrowed")),
         (changed(GPTQ, "meta", {"quantizer": ["optimum:1.24.0", "gptqmodel:2.2.0"]}), gptq(zeros="borrowed")),
         (changed(GPTQ, "bits", 8), gptq(bits=8)),
+        (GPTQ | GPTQMODELS_OWN, gptq()),
         (changed(GPTQ, "group_size", -1), gptq(group_size=0)),
         (changed(GPTQ, "desc_act", True), gptq(act_order=True)),
         (changed(GPTQ, "sym", False), gptq(symmetric=False)),
@@ -199,9 +213,11 @@ def test_an_expert_is_stored_as_its_config_says(options: dict[str, Any], expert:
     [
         {"compression_config": CHANNELS},
         {"text_config": {"quantization_config": CHANNELS}},
+        {"language_config": {"quantization_config": CHANNELS}},
+        {"thinker_config": {"text_config": {"quantization_config": CHANNELS}}},
         {"quantization_config": CHANNELS, "text_config": {"quantization_config": CHANNELS}},
     ],
-    ids=["its older name", "in the text section", "twice the same"],
+    ids=["its older name", "in the text section", "inner language_config", "two levels down", "twice the same"],
 )
 def test_the_section_is_found_where_files_have_it(values: dict[str, Any]) -> None:
     assert read_quantisation(values, file=FILE) == read(CHANNELS)
@@ -380,6 +396,8 @@ REFUSED: list[tuple[Mapping[str, Any], str, Any, str, str]] = [
     (GPTQ, "format", "gptq_p", "'gptq_p'", "'gptq', 'gptq_v2'"),
     (GPTQ_V2, "format", "gptq", "'gptq'", "gptq_v2, as checkpoint_format says"),
     (GPTQ, "is_marlin_format", True, "true", "false"),
+    (GPTQ, "hyb_act", True, "true", "false"),
+    (GPTQ, "adapter", {"rank": 8}, "{'rank': 8}", "an option that is not understood (supported: "),
     (GPTQ, "method", "qqq", "'qqq'", "'gptq'"),
     (GPTQ, "pack_dtype", "int64", "'int64'", "'int32'"),
     (GPTQ, "meta", "gptqmodel", "'gptqmodel'", "an object"),
@@ -404,7 +422,7 @@ REFUSED: list[tuple[Mapping[str, Any], str, Any, str, str]] = [
     (PACKED, "format", "int-quantized", "'int-quantized'", "'pack-quantized', 'float-quantized'"),
     (PACKED, "format", "mixed-precision", "'mixed-precision'", "'pack-quantized', 'float-quantized'"),
     (PACKED, "config_groups.group_0.format", "mxfp4-pack-quantized", "'mxfp4-pack-quantized'", "'pack-quantized'"),
-    (PACKED, "quantization_status", "frozen", "'frozen'", "'compressed'"),
+    (PACKED, "quantization_status", "calibration", "'calibration'", "'compressed', 'frozen'"),
     (PACKED, "quantization_status", ..., "missing", "'compressed'"),
     (PACKED, "sparsity_config", {"format": "sparse-24-bitmask"}, "'sparse-24-bitmask'", "'dense'"),
     (PACKED, "transform_config", {"config_groups": {"u": {}}}, "{'config_groups': {'u': {}}}", "{}"),

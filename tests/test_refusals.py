@@ -1,8 +1,8 @@
 """What we do not understand is refused with a sentence, and never guessed.
 
-Config keys: every variant of every row, every watched key, and each key of each family's config.json changed in turn
-and compared with what transformers makes of it. Tensors: each part of a block removed, renamed, transposed, doubled or
-of a dtype that only a quantised checkpoint has.
+Config keys: every variant of every row, every gating key that other families have, and each key of each family's
+config.json changed in turn and compared with what transformers makes of it. Tensors: each part of a block removed,
+renamed, transposed, doubled or of a dtype that only a quantised checkpoint has.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from cluster.local_layer import LocalLayer
 from protos.checkpoint import read_model
-from protos.configfile import _WATCHED, read_config
+from protos.configfile import read_config
 from protos.errors import CorruptWeights, UnsupportedModel
 from protos.families import FAMILIES as ROWS
 from protos.settings import settings_of
@@ -28,6 +28,17 @@ from tests.family_cases import CASES
 from tests.family_models import FamilyModel, block_output, build_family, model_class
 from tests.test_family_parity import SUPPORTED, error, theirs, tokens
 
+# Keys of some family that change its gate or its experts; all others have to refuse them.
+GATING_KEYS = {
+    *("n_group", "num_expert_group", "topk_group", "topk_method", "norm_topk_prob", "moe_renormalize", "route_norm"),
+    *("routed_scaling_factor", "route_scale", "router_scaling_factor", "moe_routed_scaling_factor"),
+    *("moe_router_scaling_factor", "scoring_func", "score_func", "expert_selection_fn", "router_bias"),
+    *("use_expert_bias", "moe_router_logit_softcapping", "moe_apply_router_weight_on_input", "swiglu_limit"),
+    *("swiglu_limits", "swiglu_limits_shared", "swiglu_alpha", "mlp_gate_softcap", "mlp_up_softcap"),
+    *("moe_latent_size", "moe_hidden_size", "zero_expert_num", "n_shared_experts", "num_shared_experts"),
+    *("moe_num_shared_experts", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+    *("moe_token_dropout", "router_temperature", "expert_capacity_factor", "gate_norm", "top_k_of_tomorrow"),
+}
 FIRST_CASES = tuple({CASES[name].model_type: name for name in reversed(SUPPORTED)}.values())
 _COMPOSITES = ("text_config", "thinker_config")
 # Every name with a word that could matter to a block; sizes are among them and show up as shapes that no longer fit.
@@ -89,19 +100,79 @@ def test_an_unknown_value_of_a_known_option_is_refused(family: str, index: int, 
     assert_refused(tmp_path, setting.keys[0], '"tomorrow\'s"', "supported for", read=read_config)
 
 
+def minimal_config(family: str, **values: Any) -> dict[str, Any]:
+    """Layers and known values of a family's options: what read_config looks at."""
+    row = ROWS[family]
+    known = {s.keys[0]: next(iter(v)) for s, v in ((x.setting, x.values) for x in row.variants) if ... not in v}
+    document = {"model_type": family} | known | {"num_hidden_layers": 1, "num_layers": 1, "num_decoder_layers": 1}
+    return document | ({row.section: {}} if row.section else {}) | values
+
+
 @pytest.mark.parametrize("family", ROWS)
 def test_an_option_that_the_family_does_not_have_is_refused(family: str, tmp_path: Path) -> None:
     row = ROWS[family]
-    read = {key for setting in settings_of(row) for key in setting.keys} | row.ignored
-    if row.capacity == "batch":
-        read.add("moe_token_dropout")
-    for key in _WATCHED.keys() - read:
-        values: dict[str, Any] = {key: 7, "num_hidden_layers": 1, "num_layers": 1, "num_decoder_layers": 1}
-        if row.section:
-            values[row.section] = {}
-        known = {s.keys[0]: next(iter(v)) for s, v in ((x.setting, x.values) for x in row.variants) if ... not in v}
-        write_config(tmp_path, {"model_type": family} | known | values)
+    read = {key for setting in settings_of(row) for key in setting.keys} | row.ignored | {"moe_token_dropout"}
+    for key in GATING_KEYS - read:
+        write_config(tmp_path, minimal_config(family, **{key: 7}))
         assert_refused(tmp_path, f"{key} is 7, an option that {family} does not have", "supported: ", read=read_config)
+
+
+@pytest.mark.parametrize("value", [None, False, 0, "", [], {}, [0, None]])
+def test_an_option_that_says_nothing_is_no_option(value: Any, tmp_path: Path) -> None:
+    write_config(tmp_path, minimal_config("mixtral", router_temperature=value, moe_of_tomorrow=value))
+    assert read_config(tmp_path).family == "mixtral"
+
+
+def test_an_option_in_the_row_s_own_section_is_refused_too(tmp_path: Path) -> None:
+    write_config(tmp_path, minimal_config("dbrx", ffn_config={"uniform_expert_assignment": True}))
+    assert_refused(tmp_path, "uniform_expert_assignment is True", "supported: ", read=read_config)
+
+
+@pytest.mark.parametrize("key", ["router_dtype", "moe_router_dtype"])
+def test_a_router_s_dtype_may_be_the_one_that_the_family_computes_in(key: str, tmp_path: Path) -> None:
+    write_config(tmp_path, minimal_config("bailing_hybrid", **{key: "fp32"}))
+    assert read_config(tmp_path).row.logits_dtype == "float32"
+    write_config(tmp_path, minimal_config("bailing_hybrid", **{key: "bf16"}))
+    assert_refused(tmp_path, f"{key} is 'bf16'", "supported: None or 'float32' or 'fp32'", read=read_config)
+    write_config(tmp_path, minimal_config("qwen3_moe", **{key: "fp32"}))
+    assert_refused(tmp_path, f"{key} is 'fp32'", read=read_config)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("deepseek_v2", "norm_topk_prob", True),
+        ("deepseek_v4", "topk_method", "greedy"),
+        ("minimax_m2", "scoring_func", "softmax"),
+        ("minimax_m2", "use_routing_bias", False),
+        ("minimax_m3_vl", "scoring_func", "softmax"),
+        ("minimax_m3_vl", "n_shared_experts", 2),
+        ("dots1", "scoring_func", "softmax"),
+        ("dots1", "topk_method", "greedy"),
+        ("step3p5", "moe_router_activation", "softmax"),
+        ("step3p5", "norm_expert_weight", False),
+        ("step3p5", "use_moe_router_bias", False),
+        ("hunyuan_v1_moe", "group_limited_greedy", True),
+        ("hunyuan_v1_moe", "moe_drop_tokens", True),
+        ("hunyuan_v1_moe", "norm_topk_prob", False),
+        ("kimi_linear", "moe_router_activation_func", "softmax"),
+        ("kimi_linear", "use_grouped_topk", False),
+        ("hy_v3", "moe_router_use_sigmoid", False),
+        ("hy_v3", "moe_router_enable_expert_bias", False),
+        ("laguna", "moe_router_use_sigmoid", False),
+        ("ernie4_5_moe", "moe_gate", "top2"),
+        ("ernie4_5_moe", "moe_gate_act", "sigmoid"),
+        ("ernie4_5_moe", "moe_use_aux_free", False),
+    ],
+)
+def test_a_value_with_which_the_family_would_be_another_is_refused(
+    family: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    document = minimal_config("step3p7" if family == "step3p5" else family) | {"model_type": family}
+    write_config(tmp_path, document)
+    read_config(tmp_path)
+    write_config(tmp_path, document | {key: value})
+    assert_refused(tmp_path, f"{key} is {value!r}", "supported", read=read_config)
 
 
 def _changed(value: Any) -> Any:
