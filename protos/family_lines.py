@@ -140,5 +140,5 @@ LAGUNA = replace(
     output_scale=key("moe_routed_scaling_factor", default=1.0),
     shared=SharedRow(width=need("shared_expert_intermediate_size")),
     variants=(only("moe_apply_router_weight_on_input", False), only("moe_router_use_sigmoid", True)),
-    ignored=frozenset({"gating"}),  # attention's
+    ignored=frozenset({"gating", "gating_types"}),  # attention's
 )

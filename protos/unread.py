@@ -11,7 +11,8 @@ from typing import Any
 
 # Words that name gates and experts, and words that attention uses for itself too.
 _SOUNDS_LIKE_MOE = re.compile(
-    r"rout|expert|moe|swiglu|shared|capacity|(?<!p)renorm|norm_topk|zero_expert|^n_group$|group_limit", re.I
+    r"rout|expert|moe|swiglu|shared|capacity|(?<!p)renorm|norm_topk|zero_expert|^n_group$|group_limit|limited_group",
+    re.I,
 )
 _SOUNDS_LIKE_GATING = re.compile(r"top_?k|scor|(?:^|_)gat(?:e|ing)(?:$|_)|softcap", re.I)
 _ATTENTION = re.compile(r"attn|attention|kda|mla|index|sparse|candidate|linear|mamba|final_logit|use_output_gate", re.I)
@@ -38,6 +39,8 @@ _ONE: tuple[Any, ...] = (*_EMPTY, 1)  # a factor, or a number of groups: none
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n_group": _ONE,
     "num_expert_group": _ONE,
+    "num_expert_groups": _ONE,
+    "num_limited_groups": _ONE,
     "topk_group": _ONE,
     "routed_scaling_factor": _ONE,
     "route_scale": _ONE,
