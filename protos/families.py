@@ -347,7 +347,7 @@ FAMILIES: Mapping[str, Family] = {
         capacity="sequence",
         glu="plain",
         activation=key("dense_act_fn", default="relu"),
-        variants=(only("router_dtype", "float32"),),
+        variants=(only("router_dtype", "float32"), only("router_type", "tokens_masked")),
     ),
     "nllb-moe": Family(
         dim=need("d_model"),
@@ -363,6 +363,7 @@ FAMILIES: Mapping[str, Family] = {
         activation=key("activation_function", default="relu"),
         variants=(
             only("router_dtype", "float32"),
+            only("router_type", "tokens_masked"),
             only("second_expert_policy", "all"),
         ),
     ),

@@ -18,20 +18,23 @@ _SOUNDS_LIKE_GATING = re.compile(r"top_?k|scor|(?:^|_)gat(?:e|ing)(?:$|_)|softca
 _ATTENTION = re.compile(r"attn|attention|kda|mla|index|sparse|candidate|linear|mamba|final_logit|use_output_gate", re.I)
 
 _HARMLESS = re.compile(
-    r".*loss.*|.*jitter.*|.*(?:^|_)init(?:ializer)?(?:_.*)?|.*bias_update.*"  # training
-    r"|output_router_logits|_?experts_implementation|expert_dtype"  # outputs, kernels, what quant_config.py reads
+    # training
+    r".*_loss(?:_.*)?|.*jitter.*|(?:.*_)?init(?:ializer)?(?:_(?:std|range|method|noise))?|.*bias_update_(?:rate|speed)"
+    # outputs, kernels, the sampler, and what quant_config.py reads
+    r"|output_router_logits|output_scores|_?experts_implementation|top_k|expert_dtype"
     # parallelism and scheduling
-    r"|ep_size|(?:num_)?expert_(?:model_)?parallel.*|moe_group|moe_world_size|.*dispatch.*|.*grouped_(?:gemm|mm)"
-    r"|.*fusion.*|.*overlap|.*force_load_balancing|.*load_balancing_type"
+    r"|(?:num_)?expert_(?:model_)?parallel.*|moe_group|moe_world_size|.*dispatcher.*|.*dispatch_use_allgather"
+    r"|.*grouped_(?:gemm|mm)|moe_\w*fusion|moe_shared_expert_overlap|moe_router_(?:force_)?load_balancing(?:_type)?"
     # which layers have experts: tensors say it
-    r"|.*moe_layer.*|(?:num_)?(?:moe|dense)_layers?|expert_layer_(?:offset|period)|interleave_moe_layer_step"
-    r"|moe_every_n_layers?|use_moe|enable_moe_block|num_moe_blocks|first_k_dense_replace|.*_layer_types"
+    r"|(?:is_|num_)?moe_layers?(?:_(?:freq|interval|offset|enum|list|start_index|end_index|num_skipped|pattern))?"
+    r"|expert_layer_(?:offset|period)|interleave_moe_layer_step|moe_every_n_layers?|use_moe|enable_moe_block"
+    r"|.*_layer_types"
     # sizes that a family names twice: shapes say them
     r"|moe_intermediate_size|expert_(?:hidden_dim|intermediate_size)"
     # how shared experts are joined where there are any, which another key says
     r"|shared_moe_mode"
-    # keys and values that layers share, and the sampler
-    r"|.*(?:kv|key|value|cache|embed).*shared.*|.*shared_(?:kv|key|value|embed).*|top_k|output_scores|.*num_beam.*",
+    # what layers share
+    r"|num_kv_shared_layers|(?:use_)?shared_(?:kv|key|value|embed)\w*",
     re.I,
 )
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
