@@ -15,7 +15,8 @@ import numpy as np
 
 from cluster.local_layer import LocalLayer
 from cluster.traffic import Work
-from cluster.verify import TOLERANCE, relative_error
+from cluster.verify import relative_error, tolerance_of
+from experts.packed import WeightDtype
 from protos.checkpoint import Checkpoint
 from protos.model import GateSpec, ModelSpec
 from router.client import Answer
@@ -44,10 +45,14 @@ class Checker:
     Args:
         spec: the model the router serves, readable here.
         share: of the answers to check, 0..1.
+        weight_dtype: in which the router's servers keep packed experts.
     """
 
-    def __init__(self, spec: ModelSpec, *, share: float, seed: int = 0) -> None:
+    def __init__(
+        self, spec: ModelSpec, *, share: float, weight_dtype: WeightDtype | None = None, seed: int = 0
+    ) -> None:
         self.checks = Checks()
+        self._tolerance = tolerance_of(spec, weight_dtype)
         self._spec, self._share = spec, share
         self._random = random.Random(seed)
         self._layers: dict[str, LocalLayer] = {}
@@ -96,7 +101,7 @@ class Checker:
         reference_TD, _ = layer(work.x_TD, answer.routing)
         error = relative_error(answer.y_TD, reference_TD)
         where = f"layer {work.layer}, {len(work.x_TD)} tokens, epoch {answer.ledger.epoch}"
-        tolerance = TOLERANCE[self._spec.dtype]
+        tolerance = self._tolerance
         if not error <= tolerance:
             return error, f"{where}: relative error {error:.2e} exceeds {tolerance:.0e}"
         problem = _ledger_problem(answer, self._spec.blocks[work.layer].gate)

@@ -70,7 +70,7 @@ def verify(
     router: Router = None,
     weight_dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="pack the experts as int8, int4 or fp8, or say that the router's are"),
+        typer.Option(metavar="DTYPE", help="pack the experts as int8, int4 or fp8 (a router says what its are)"),
     ] = None,
     as_json: Json = False,
 ) -> None:

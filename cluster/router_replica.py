@@ -48,7 +48,12 @@ class RouterReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         spec = read_model(Path(config.model))
         self._table: PlacementTable = empty_table(spec.num_experts)
-        self._server = RouterServer(spec, config.router.settings, on_server_lost=self._on_server_lost)
+        self._server = RouterServer(
+            spec,
+            config.router.settings,
+            on_server_lost=self._on_server_lost,
+            weight_dtype=config.experts.settings.weight_dtype,
+        )
         self._server.start(config.router.host, config.router.port)
         self._beat_now = asyncio.Event()
         self._lost: asyncio.Queue[tuple[str, str]] = asyncio.Queue()

@@ -18,7 +18,7 @@ from cluster.local_layer import LocalLayer
 from cluster.patterns import Pattern
 from cluster.reference import load_reference
 from cluster.traffic import DrawnTraffic, TraceTraffic, Traffic
-from cluster.verify import TOKEN_COUNTS, LayerError, tolerance_of, verify_layers
+from cluster.verify import TOKEN_COUNTS, LayerError, packed_dtype, tolerance_of, verify_layers
 from experts.packed import WeightDtype
 from protos.checkpoint import Checkpoint, read_model
 from protos.errors import DeadlineExceeded, InvalidRequest, Unavailable
@@ -114,7 +114,7 @@ async def run_verify(
 
     Args:
         router: "host:port", or None for this process.
-        weight_dtype: the experts are packed in it, here or on the router's servers; sets the tolerance.
+        weight_dtype: the experts are packed in it; sets the tolerance. A router says so itself.
         on_layer: called with each layer's result and the tolerance.
 
     Raises:
@@ -122,8 +122,8 @@ async def run_verify(
         InvalidRequest: the router serves another model.
         ExpertmeshError: what the router answered.
     """
-    tolerance = tolerance_of(spec, weight_dtype)
     if router is None:
+        tolerance = tolerance_of(spec, weight_dtype)
         reference, checkpoint = load_reference(spec), Checkpoint(spec)
         local: dict[str, LocalLayer] = {}  # of the layer at hand
 
@@ -138,7 +138,9 @@ async def run_verify(
         )
     else:
         async with RouterClient(router) as client:
-            limit = (await _describe(client, spec)).max_request_tokens
+            model = await _describe(client, spec)
+            limit, weight_dtype = model.max_request_tokens, packed_dtype(model.weight_dtype) or weight_dtype
+            tolerance = tolerance_of(spec, weight_dtype)
             for layer in spec.layers:
                 _block_tokens(spec, layer, max(TOKEN_COUNTS), limit)  # what may not be split has to fit
             reference = load_reference(spec)
@@ -206,7 +208,10 @@ async def run_load(
             traffic = TraceTraffic(states, num_tokens=num_tokens)
         else:
             traffic = DrawnTraffic(pattern, served, num_tokens=num_tokens)
-        checker = Checker(spec, share=check_share) if spec is not None and check_share > 0 else None
+        packed = packed_dtype(served.weight_dtype)
+        checker = (
+            Checker(spec, share=check_share, weight_dtype=packed) if spec is not None and check_share > 0 else None
+        )
         load = LoadGenerator(client, traffic, rate=rate, concurrency=concurrency, timeout_s=timeout_s, checker=checker)
         seconds = await load.run_for(duration_s)
         if checker is not None:

@@ -112,7 +112,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model", "family", "dtype", "dim", "num_experts", "top_k", "layers", "max_request_tokens", "epoch", "overflow", "token_id_layers")
+    __slots__ = ("model", "family", "dtype", "dim", "num_experts", "top_k", "layers", "max_request_tokens", "epoch", "overflow", "weight_dtype", "token_id_layers")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class DescribeResponse(_message.Message):
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OVERFLOW_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DTYPE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_LAYERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     family: str
@@ -134,5 +135,6 @@ class DescribeResponse(_message.Message):
     max_request_tokens: int
     epoch: int
     overflow: OverflowPolicy
+    weight_dtype: str
     token_id_layers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., dim: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ..., max_request_tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., overflow: _Optional[_Union[OverflowPolicy, _Mapping]] = ..., token_id_layers: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., dim: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ..., max_request_tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., overflow: _Optional[_Union[OverflowPolicy, _Mapping]] = ..., weight_dtype: _Optional[str] = ..., token_id_layers: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -64,9 +64,15 @@ class RouterServer:
     """One router process: the endpoint applications talk to. The arguments are those of `Router`."""
 
     def __init__(
-        self, spec: ModelSpec, config: RouterConfig, *, on_server_lost: Callable[[str, str], None] | None = None
+        self,
+        spec: ModelSpec,
+        config: RouterConfig,
+        *,
+        on_server_lost: Callable[[str, str], None] | None = None,
+        weight_dtype: str = "compute",
     ) -> None:
         self.address = ""
+        self._weight_dtype = weight_dtype
         self._router = Router(spec, config, on_server_lost=on_server_lost)
         self._loop = LoopThread("expertmesh-router")
         self._server: grpc.aio.Server | None = None
@@ -180,6 +186,7 @@ class RouterServer:
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             layers=spec.layers,
+            weight_dtype=self._weight_dtype,
             token_id_layers=[layer for layer, block in spec.blocks.items() if block.gate.needs_token_ids],
             max_request_tokens=config.max_request_tokens,
             epoch=self._router.snapshot.table.epoch,

@@ -74,7 +74,10 @@ def mesh(
     spec = read_model(model)
     lost: list[tuple[str, str]] = []
     front = RouterServer(
-        spec, router or RouterConfig(), on_server_lost=lambda server_id, reason: lost.append((server_id, reason))
+        spec,
+        router or RouterConfig(),
+        on_server_lost=lambda server_id, reason: lost.append((server_id, reason)),
+        weight_dtype=experts.weight_dtype if experts is not None else "compute",
     )
     front.start("127.0.0.1")
     built = Mesh(spec=spec, router=front, lost=lost)

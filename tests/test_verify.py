@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.local_layer import LocalLayer
+from cluster.patterns import parse_pattern
 from cluster.reference import load_reference
-from cluster.run_model import run_verify
+from cluster.run_model import run_load, run_verify
 from cluster.verify import TOKEN_COUNTS, LayerError, relative_error, verify_layers
 from experts.config import ExpertServerConfig
 from experts.packed import WeightDtype
@@ -92,9 +93,19 @@ async def test_servers_that_pack_their_experts_hold_more_and_verify_says_how_far
     model = tiny_model("deepseek_v3", tmp_path)
     config = ExpertServerConfig(weight_dtype=weight_dtype)
     with mesh(model, experts=config) as served:
-        document = await run_verify(
-            served.spec, router=served.router.address, weight_dtype=weight_dtype, on_layer=lambda error, tolerance: None
+        document = await run_verify(served.spec, router=served.router.address, on_layer=lambda error, tolerance: None)
+        loaded = await run_load(
+            served.router.address,
+            parse_pattern("zipf:1.1"),
+            rate=None,
+            concurrency=2,
+            num_tokens=8,
+            duration_s=0.5,
+            timeout_s=10,
+            model=model,
+            check_share=1.0,
         )
+        assert loaded["checks"]["wrong"] == 0
         report = served.servers["s0"].report()
         assert report.compute_dtype == "bfloat16"
         assert report.bytes == len(report.copies) * bytes_per_copy(served.spec, torch.bfloat16, weight_dtype)
