@@ -273,10 +273,14 @@ def read_config(path: Path) -> Config:
     if not path.is_dir():
         raise UnsupportedModel(f"{path}: not a directory")
     file = path / "config.json"
+    if not file.exists():
+        raise UnsupportedModel(f"{path}: no config.json: not a model directory")
     try:
         document = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as err:
-        raise UnsupportedModel(f"{file}: cannot be read ({type(err).__name__}: {err})") from err
+    except OSError as err:
+        raise UnsupportedModel(f"{file}: cannot be read ({err.strerror or err})") from err
+    except (ValueError, RecursionError) as err:
+        raise UnsupportedModel(f"{file}: cannot be read: not JSON ({err})") from err
     if not isinstance(document, dict):
         raise UnsupportedModel(f"{file}: not a JSON object")
     family, values = _text_model(document)
