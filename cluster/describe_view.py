@@ -52,9 +52,9 @@ def _memory_lines(memory: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
-    kept = "" if cluster["weight_dtype"] == "compute" else f"{cluster['weight_dtype']} weights, "
+    kept = "" if cluster["weight_dtype"] == "compute" else f"with {cluster['weight_dtype']} weights, "
     lines = [
-        f"a cluster {f'with {kept}' if kept else ''}computing in {cluster['compute_dtype']}: {cluster['experts']:,} experts, "
+        f"a cluster {kept}computing in {cluster['compute_dtype']}: {cluster['experts']:,} experts, "
         f"{_bytes(cluster['bytes'])} for one copy of each"
     ]
     budget = cluster["budget_bytes"]

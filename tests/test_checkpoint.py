@@ -428,7 +428,7 @@ def test_a_config_that_is_not_a_json_object_is_refused(text: str, tmp_path: Path
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="nowhere: not a directory"):
         read_model(tmp_path / "nowhere")
-    with pytest.raises(UnsupportedModel, match="no config.json: not a model directory"):
+    with pytest.raises(UnsupportedModel, match=r"no config\.json: not a model directory"):
         read_model(tmp_path)
     tiny_model("mixtral", tmp_path)
     (tmp_path / "model.safetensors").unlink()
