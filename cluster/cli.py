@@ -13,11 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, note, output
+
+if TYPE_CHECKING:
+    from experts.packed import WeightDtype
 
 app = typer.Typer(
     name="expertmesh",
@@ -317,16 +320,13 @@ def _check_address(address: str | None) -> None:
         raise bad_input(f"--router is {address!r}, expected host:port with a port of 1..65535")
 
 
-def _weight_dtype(given: str | None) -> Literal["int8", "int4", "fp8"] | None:
-    known: dict[str | None, Literal["int8", "int4", "fp8"] | None] = {
-        None: None,
-        "int8": "int8",
-        "int4": "int4",
-        "fp8": "fp8",
-    }
-    if given not in known:
+def _weight_dtype(given: str | None) -> "WeightDtype | None":
+    from cluster.verify import packed_dtype
+
+    packed = None if given is None else packed_dtype(given)
+    if packed is None and given is not None:
         raise bad_input(f"--weight-dtype is {given!r}, expected int8, int4 or fp8")
-    return known[given]
+    return packed
 
 
 def _state_dir(given: Path | None) -> Path:

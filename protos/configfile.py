@@ -44,7 +44,7 @@ _CAPACITY_KEYS: Mapping[str, frozenset[str]] = {
 class Config:
     """The part of one config.json that describes the text model, with checked reads.
 
-    `quantisation` is the whole file where it has a quantization_config, for quant_config.read_format.
+    `values` is the text model's section, `document` the whole file.
     """
 
     file: Path
