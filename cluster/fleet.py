@@ -131,7 +131,12 @@ class Fleet:
         server = self._servers.get(server_id)
         if server is None:
             return None
-        return Assignment(version=server.version, copies=tuple(server.assigned), released=server.released)
+        return Assignment(
+            version=server.version,
+            copies=tuple(server.assigned),
+            released=server.released,
+            sources={key: found for key in server.assigned if key not in server.live and (found := self._sources(key))},
+        )
 
     # Events.
 
@@ -335,6 +340,12 @@ class Fleet:
         server.live.discard(key)
         self._requested[key].discard(server.hello.server_id)
         self._holders.get(key, set()).discard(server.hello.server_id)
+
+    def _sources(self, key: Key) -> tuple[str, ...]:
+        """Where a copy can be fetched from. Which holder comes first turns with the key: no server serves them all."""
+        holders = sorted(self._holders.get(key, ()))
+        first = (key[1] % len(holders)) if holders else 0
+        return tuple(self._servers[held].hello.address for held in holders[first:] + holders[:first])
 
     def _is_released(self, server: _Server) -> bool:
         if self._closing or not server.draining:

@@ -1,7 +1,7 @@
 """What servers and routers tell the placement, and what it answers. They travel over Serve handles, pickled."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Key = tuple[str, int]  # (layer, expert)
 
@@ -21,11 +21,18 @@ class ServerHello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """What a server is to hold, most urgent first; `released`: no router can still use it, it may stop."""
+    """What a server is to hold.
+
+    Args:
+        copies: most urgent first.
+        released: no router can still use the server, it may stop.
+        sources: addresses of servers that hold a copy this one still has to load; absent: only the checkpoint does.
+    """
 
     version: int
     copies: tuple[Key, ...]
     released: bool = False
+    sources: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
