@@ -367,7 +367,7 @@ class Demo:
         frame = Frame(
             at_s=self._now_s(),
             phase=self._phase,
-            wanted_tokens_per_s=(self._load.rate or 0.0) * self.settings.tokens_per_request,
+            wanted_tokens_per_s=self._load.rate_at(self._loop.time()) * self.settings.tokens_per_request,
             tokens_per_s=tokens_per_s,
             p50_s=p50_s,
             p99_s=p99_s,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cluster.checking import Checker, Checks
+from cluster.rates import Departures, Rate
 from cluster.traffic import Traffic, Work
 from protos import router_pb2
 from protos.errors import ExpertmeshError
@@ -36,6 +37,11 @@ class Sample:
     ledger: RequestLedger | None = None
     error: str = ""
 
+    @property
+    def due_s(self) -> float:
+        """When it was to leave (event loop's clock): the departure planned by an open loop, else the real one."""
+        return self.ended_s - self.took_s
+
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
@@ -55,7 +61,7 @@ class LoadGenerator:
     """Sends `traffic` through `client`. `traffic`, `rate` and `overflow` may be changed while it runs.
 
     Args:
-        rate: requests per second (open loop), or None.
+        rate: requests per second (open loop), or a function of the seconds since `run` began; None: closed loop.
         concurrency: open requests of the closed loop, where `rate` is None.
         max_open: open requests of the open loop.
         postpone: at max_open, send later what is due; otherwise it is not sent and counts as failed (NotSent).
@@ -70,7 +76,7 @@ class LoadGenerator:
         client: RouterClient,
         traffic: Traffic,
         *,
-        rate: float | None = None,
+        rate: Rate | None = None,
         concurrency: int = 4,
         max_open: int = MAX_OPEN,
         postpone: bool = False,
@@ -91,14 +97,20 @@ class LoadGenerator:
         self._checker = checker
         self._on_sample = on_sample
         self._open: set[asyncio.Task[None]] = set()
+        self._began_s = 0.0
 
     @property
     def num_open(self) -> int:
         """Requests sent and not answered yet."""
         return len(self._open)
 
+    def rate_at(self, when_s: float) -> float:
+        """Requests per second of the open loop at a moment of the event loop's clock; 0 for a closed one."""
+        return (self.rate(when_s - self._began_s) if callable(self.rate) else self.rate) or 0.0
+
     async def run(self, stop: asyncio.Event) -> None:
         """Send until `stop` is set, then wait for what is open."""
+        self._began_s = asyncio.get_running_loop().time()
         if self.rate is not None:
             await self._open_loop(stop)
         else:
@@ -125,21 +137,15 @@ class LoadGenerator:
 
     async def _open_loop(self, stop: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
-        due_s = loop.time()
+        departures = Departures(loop.time())
         while not stop.is_set():
-            rate = self.rate  # it may change while we wait below
-            if not rate:
-                await _wait(stop, 0.02)
-                due_s = loop.time()
-                continue
-            if due_s > loop.time():
-                await _wait(stop, min(due_s - loop.time(), 0.1))
-                continue
-            if self._postpone and len(self._open) >= self._max_open:
+            full = len(self._open) >= self._max_open
+            if full and self._postpone:
                 await asyncio.wait(self._open, return_when=asyncio.FIRST_COMPLETED)
-                due_s = max(due_s, loop.time())
-                continue
-            if len(self._open) >= self._max_open:
+                departures.postpone(loop.time())
+            elif (due_s := departures.next(self.rate_at, now_s=loop.time())) is None:
+                await _wait(stop, departures.patience_s(self.rate_at(loop.time())))
+            elif full:
                 error = f"{self._max_open} requests are open"
                 self._count(Sample(ended_s=loop.time(), took_s=0.0, num_tokens=0, error=NOT_SENT), error)
                 await asyncio.sleep(0)
@@ -148,7 +154,6 @@ class LoadGenerator:
                 self._open.add(task)
                 task.add_done_callback(self._open.discard)
                 await asyncio.sleep(0)  # behind schedule, the answers still have to be read
-            due_s += 1 / rate
 
     async def _one_open(self, work: Work, began_s: float) -> None:
         await self._one(work, began_s=began_s)

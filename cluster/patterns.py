@@ -83,6 +83,16 @@ def expert_shares(pattern: Pattern, *, num_experts: int, top_k: int) -> Shares:
     return np.full(num_experts, 1 / num_experts)
 
 
+def ranks_after_moves(num_moves: int, *, layer: int, num_experts: int, seed: int) -> npt.NDArray[np.int64]:
+    """The place in the order of heat that each expert [E] of the layer-th layer has, 0 being the hottest.
+
+    Before the first move expert (layer + r) modulo E has place r; each move makes an independent permutation.
+    """
+    if not num_moves:
+        return (np.arange(num_experts) - layer) % num_experts
+    return np.random.default_rng((seed, num_moves, layer)).permutation(num_experts)
+
+
 def draw_routing(share_E: Shares, *, num_tokens: int, top_k: int, rng: np.random.Generator) -> Routing:
     """K distinct experts per token, each expert with its share of all pairs, and weights that sum to 1 per token."""
     order_E = rng.permutation(len(share_E))  # else neighbours would never meet in one token

@@ -3,7 +3,8 @@
 Shapes: T tokens, D model dim, N recorded rows.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Protocol
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.patterns import Pattern, draw_routing, expert_shares
+from cluster.patterns import Pattern, Shares, draw_routing, expert_shares, ranks_after_moves
 from protos.codec import TORCH_DTYPES
 from protos.router_pb2 import DescribeResponse
 from router.gate import Routing
@@ -40,27 +41,64 @@ class DrawnTraffic:
     """Random hidden states of unit RMS whose experts a pattern draws; layers in turn.
 
     The hottest expert of the l-th layer is expert l (modulo E): with the same one everywhere, a placement that deals
-    experts to servers in order would put all of them on one server.
+    experts to servers in order would put all of them on one server. Where the hot spot moves, each move gives every
+    layer an arrangement of its own, independent of those before.
+
+    Args:
+        move_every_s: seconds after which other experts become the hot ones, again and again; None: never.
+        clock: what these seconds are counted on; the first request begins them (`began_s`).
 
     Raises:
         InvalidRequest: the model cannot have that pattern.
     """
 
-    def __init__(self, pattern: Pattern, model: DescribeResponse, *, num_tokens: int, seed: int = 0) -> None:
-        share_E = expert_shares(pattern, num_experts=model.num_experts, top_k=model.top_k)
+    def __init__(
+        self,
+        pattern: Pattern,
+        model: DescribeResponse,
+        *,
+        num_tokens: int,
+        seed: int = 0,
+        move_every_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._share_E = expert_shares(pattern, num_experts=model.num_experts, top_k=model.top_k)
         self._rng = np.random.default_rng(seed)
+        self._seed = seed
         self._num_tokens, self._top_k = num_tokens, model.top_k
+        self._names = tuple(model.layers)
+        self._move_every_s, self._clock = move_every_s, clock
+        self.began_s: float | None = None
+        self.num_moves = 0
         generator = torch.Generator().manual_seed(seed)
         dtype = TORCH_DTYPES[model.dtype]
         self._pool = cycle(
             torch.randn(num_tokens, model.dim, generator=generator).to(dtype) for _ in range(_POOL)
         )  # cycle keeps what it has seen
-        self._layers = cycle([(layer, np.roll(share_E, i)) for i, layer in enumerate(model.layers)])
+        self._layers = cycle(self._names)
+        self._shares = self.shares(0)
+
+    def shares(self, num_moves: int) -> dict[str, Shares]:
+        """Each expert's share of the pairs [E] by layer, after so many moves of the hot spot."""
+        return {
+            layer: self._share_E[ranks_after_moves(num_moves, layer=i, num_experts=len(self._share_E), seed=self._seed)]
+            for i, layer in enumerate(self._names)
+        }
 
     def next(self) -> Work:
-        layer, share_E = next(self._layers)
-        routing = draw_routing(share_E, num_tokens=self._num_tokens, top_k=self._top_k, rng=self._rng)
+        if self._move_every_s is not None:
+            self._move(self._move_every_s)
+        layer = next(self._layers)
+        routing = draw_routing(self._shares[layer], num_tokens=self._num_tokens, top_k=self._top_k, rng=self._rng)
         return Work(layer=layer, x_TD=next(self._pool), routing=routing)
+
+    def _move(self, every_s: float) -> None:
+        now_s = self._clock()
+        if self.began_s is None:
+            self.began_s = now_s
+        num_moves = int((now_s - self.began_s) / every_s)
+        if num_moves > self.num_moves:
+            self.num_moves, self._shares = num_moves, self.shares(num_moves)
 
 
 class TraceTraffic:

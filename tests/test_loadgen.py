@@ -1,6 +1,7 @@
 """Load: patterns as drawn, traces as recorded, every answer accounted for, wrong ones found. Over real gRPC."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from cluster.checking import Checker
 from cluster.loadgen import NOT_SENT, LoadGenerator, Sample, Tally, percentiles, report
 from cluster.patterns import Pattern, draw_routing, expert_shares, parse_pattern
+from cluster.rates import GRAIN_S, Departures, RateProfile, parse_rate
 from cluster.run_model import run_load
 from cluster.traffic import DrawnTraffic, TraceTraffic, Work
 from experts.config import ExpertServerConfig
@@ -125,6 +127,96 @@ def test_layers_have_different_hottest_experts() -> None:
     assert hottest == {"0": 0, "1": 1, "2": 2}
 
 
+def moving(clock: Callable[[], float], *, seed: int = 0) -> DrawnTraffic:
+    model = router_pb2.DescribeResponse(
+        dim=4, num_experts=32, top_k=2, layers=["0", "1"], dtype=common_pb2.DTYPE_FLOAT32
+    )
+    return DrawnTraffic(parse_pattern("zipf:1.2"), model, num_tokens=2000, seed=seed, move_every_s=10.0, clock=clock)
+
+
+def test_a_hot_spot_moves_to_other_experts_in_every_layer_when_its_time_is_over() -> None:
+    now_s = 100.0
+    traffic = moving(lambda: now_s)
+
+    def drawn() -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+        works = [traffic.next() for _ in range(2)]
+        return {
+            work.layer: np.bincount(work.routing.expert_TK.ravel(), minlength=32) / work.routing.expert_TK.size
+            for work in works
+            if work.routing is not None
+        }
+
+    hottest = []
+    for now_s, num_moves in ((100.0, 0), (109.9, 0), (110.0, 1), (119.9, 1), (145.0, 4)):  # noqa: B007
+        found, wanted = drawn(), traffic.shares(num_moves)
+        assert traffic.num_moves == num_moves
+        for layer in ("0", "1"):
+            assert found[layer] == pytest.approx(wanted[layer], abs=0.02)
+        hottest.append(tuple(int(share_E.argmax()) for share_E in found.values()))
+    assert traffic.began_s == 100.0
+    assert hottest[0] == hottest[1] == (0, 1)
+    assert hottest[2] == hottest[3]
+    assert len(set(hottest)) == 3
+
+
+@given(num_moves=st.integers(0, 5), seed=st.integers(0, 9))
+def test_where_a_hot_spot_goes_depends_on_the_seed_alone(num_moves: int, seed: int) -> None:
+    first, second = (moving(lambda: 0.0, seed=seed).shares(num_moves) for _ in range(2))
+    for layer, share_E in first.items():
+        assert share_E.tolist() == second[layer].tolist()
+        assert sorted(share_E) == sorted(expert_shares(parse_pattern("zipf:1.2"), num_experts=32, top_k=2))
+    if num_moves:
+        assert first["0"].tolist() != moving(lambda: 0.0, seed=seed + 1).shares(num_moves)["0"].tolist()
+
+
+# ---------------------------------------------------------------------- rates
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "x", "nan", "inf", "1:", "0:1,x", "5:1,4:2", "0:0,1:0", "0:-1,1:1"])
+def test_a_rate_that_is_none_says_what_is_allowed(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="is neither R"):
+        parse_rate(text)
+
+
+def test_a_rate_is_a_number_or_points_joined_by_straight_lines() -> None:
+    assert parse_rate("12.5") == 12.5
+    profile = parse_rate("1:10,3:30,3:5,4:0")
+    assert callable(profile)
+    found = [profile(when_s) for when_s in (0, 1, 2, 2.5, 3, 3.5, 4, 100)]
+    assert found == pytest.approx([10, 10, 20, 25, 5, 2.5, 0, 0])
+
+
+@given(
+    points=st.lists(st.tuples(st.floats(0, 20), st.floats(0, 50)), min_size=1, max_size=5),
+    steps=st.lists(st.floats(0.001, 0.7), min_size=1, max_size=40),
+)
+def test_so_many_requests_leave_as_the_rate_s_integral_says_however_often_one_asks(
+    points: list[tuple[float, float]], steps: list[float]
+) -> None:
+    profile = RateProfile(points=tuple(sorted(points)))
+    departures, now_s = Departures(0.0), 0.0
+    due: list[float] = []
+    for step_s in steps:
+        now_s += step_s
+        while (next_s := departures.next(profile, now_s=now_s)) is not None:
+            due.append(next_s)
+    when = np.linspace(0, now_s, 20_001)
+    rates = np.array([profile(when_s) for when_s in when])
+    integral = float(((rates[1:] + rates[:-1]) / 2).sum() * now_s / 20_000)
+    jumps = max(rate for _, rate in points) * GRAIN_S * (len(points) + 1)  # a step is felt within a grain
+    assert len(due) == pytest.approx(integral + 0.5, abs=1.5 + jumps)
+    assert due == sorted(due)
+    assert all(0 <= due_s <= now_s for due_s in due)
+
+
+def test_a_postponed_departure_does_not_make_up_for_the_time_it_waited() -> None:
+    departures = Departures(0.0)
+    assert departures.next(lambda when_s: 10.0, now_s=0.0) == 0.0
+    departures.postpone(5.0)
+    due = [departures.next(lambda when_s: 10.0, now_s=5.2) for _ in range(3)]
+    assert due == [pytest.approx(5.1), pytest.approx(5.2), None]
+
+
 # ---------------------------------------------------------------------- the generator, on a real data path
 
 
@@ -233,6 +325,20 @@ async def test_the_rate_can_be_changed_while_it_runs_and_every_request_is_a_samp
             await running
     assert load.tally.answered == len(samples)
     assert all(sample.ledger is not None and sample.num_tokens == 4 for sample in samples)
+
+
+async def test_a_rate_may_change_over_time_and_samples_say_when_they_were_due(model: Path) -> None:
+    samples: list[Sample] = []
+    with mesh(model) as served:
+        async with RouterClient(served.router.address) as client:
+            traffic = DrawnTraffic(parse_pattern("uniform"), await client.describe(), num_tokens=4)
+            steps = RateProfile(points=((0, 20), (0.5, 20), (0.5, 80), (1.5, 80)))
+            load = LoadGenerator(client, traffic, rate=steps, on_sample=samples.append)
+            began_s = asyncio.get_running_loop().time()
+            await load.run_for(1.5)
+    due_s = np.array(sorted(sample.due_s for sample in samples)) - began_s
+    assert 8 <= (due_s < 0.5).sum() <= 12
+    assert 70 <= (due_s >= 0.5).sum() <= 84
 
 
 async def test_a_postponing_load_waits_where_another_fails_its_requests(model: Path) -> None:
