@@ -16,4 +16,5 @@ __all__ = [
     "router_pb2",
     "services",
     "stored",
+    "tracefile",
 ]
