@@ -7,7 +7,6 @@ place that reads the environment.
 import asyncio
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cluster.cli_load import load
+from cluster.cli_options import Json, Model, Router, StateDir, check_address, read_named_model
 from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, note, output
 
 if TYPE_CHECKING:
@@ -30,14 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="model directory (or hub id)")]
-Router = Annotated[str | None, typer.Option("--router", metavar="H:P", help="router endpoint; none: in this process")]
-StateDir = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", envvar="EXPERTMESH_STATE_DIR", help="where `up` leaves what `status` and `down` need"),
-]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
 
 
 @app.command()
@@ -54,8 +47,8 @@ def layer(
 ) -> None:
     """Run one MoE layer (routed and shared experts) on hidden states from a file."""
     with output(as_json=as_json) as out:
-        _check_address(router)
-        spec = _read_model(model)
+        check_address(router)
+        spec = read_named_model(model)
         from cluster.arrays import writable
         from cluster.run_model import run_layer
 
@@ -79,8 +72,8 @@ def verify(
 ) -> None:
     """Compare every MoE layer with transformers' own (the model has to fit in memory); status 1 beyond tolerance."""
     with output(as_json=as_json) as out:
-        _check_address(router)
-        spec = _read_model(model)
+        check_address(router)
+        spec = read_named_model(model)
         from cluster.run_model import run_verify
 
         document = asyncio.run(
@@ -134,64 +127,7 @@ def describe(
         out.line("\n".join(describe_lines(document)))
 
 
-@app.command()
-def load(
-    *,
-    router: Annotated[str, typer.Option("--router", metavar="H:P", help="router endpoint")],
-    pattern: Annotated[
-        str, typer.Option(help="experts that get the load: uniform, zipf:A, hot:N:SHARE or trace:FILE")
-    ] = "uniform",
-    rate: Annotated[float | None, typer.Option(metavar="R", help="requests per second (open loop)")] = None,
-    concurrency: Annotated[int | None, typer.Option(metavar="C", help="open requests (closed loop; default 4)")] = None,
-    tokens: Annotated[int, typer.Option(metavar="T", help="tokens per request")] = 64,
-    duration: Annotated[float, typer.Option(metavar="S", help="seconds")] = 10.0,
-    timeout: Annotated[float, typer.Option(metavar="S", help="seconds an answer may take")] = 30.0,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="the served model, to check answers; default: the router's path")
-    ] = None,
-    check: Annotated[float, typer.Option(metavar="SHARE", help="share of answers to check")] = 0.1,
-    as_json: Json = False,
-) -> None:
-    """Load a router, check answers, report throughput, latency, ledger totals and errors; status 1 on wrong answers."""
-    with output(as_json=as_json) as out:
-        _check_address(router)
-        if rate is not None and concurrency is not None:
-            raise bad_input("--rate (open loop) and --concurrency (closed loop) exclude each other")
-        for name, value in {
-            "rate": rate,
-            "concurrency": concurrency,
-            "tokens": tokens,
-            "duration": duration,
-            "timeout": timeout,
-        }.items():
-            if value is not None and not 0 < value < float("inf"):
-                raise bad_input(f"--{name} is {value:g}, it must be above 0")
-        if not 0 <= check <= 1:
-            raise bad_input(f"--check is {check:g}, it must be a share of 0..1")
-        import torch
-
-        from cluster.patterns import parse_pattern
-        from cluster.run_model import run_load
-
-        torch.set_num_threads(1)  # checking must not take the servers' cores
-        spec = None if model is None else _read_model(model)
-        document = asyncio.run(
-            run_load(
-                router,
-                parse_pattern(pattern),
-                rate=rate,
-                concurrency=concurrency or 4,
-                num_tokens=tokens,
-                duration_s=duration,
-                timeout_s=timeout,
-                model=None if spec is None else spec.path,
-                check_share=check,
-            )
-        )
-        out.document(document)
-        for line in _load_lines(document):
-            out.line(line)
-        _require_good_load(document)
+app.command()(load)
 
 
 @app.command()
@@ -306,20 +242,6 @@ def _report(err: Exception) -> None:
     raise err
 
 
-def _read_model(name: str) -> Any:
-    """The ModelSpec of a model named on the command line."""
-    from cluster.models import find_model
-    from protos.checkpoint import read_model
-
-    return read_model(find_model(name))
-
-
-def _check_address(address: str | None) -> None:
-    match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", address or "localhost:1")
-    if match is None or not 1 <= int(match[1]) <= 65535:
-        raise bad_input(f"--router is {address!r}, expected host:port with a port of 1..65535")
-
-
 def _weight_dtype(given: str | None) -> "WeightDtype | None":
     from cluster.verify import packed_dtype
 
@@ -364,34 +286,6 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
         f"experts {len(found['single_copy_experts'])} with a single live copy, {len(found['missing_experts'])} without"
     )
     return lines
-
-
-def _load_lines(document: dict[str, Any]) -> list[str]:
-    requests, ledger, checks = document["requests"], document["ledger"], document["checks"]
-    took = {name: "-" if value is None else f"{value * 1e3:.3g} ms" for name, value in document["latency_s"].items()}
-    lines = [
-        f"{document['tokens_per_s']:,.0f} tokens/s, {document['requests_per_s']:,.1f} requests/s "
-        f"over {document['seconds']:.1f} s",
-        f"latency p50 {took['p50']}, p90 {took['p90']}, p99 {took['p99']}, max {took['max']}",
-        f"requests {requests['sent']}, failed {requests['failed']}"
-        + "".join(f", {name} {count}" for name, count in document["errors"].items()),
-        "pairs " + ", ".join(f"{name} {value}" for name, value in ledger.items() if isinstance(value, int)),
-    ]
-    if document["checking"]:
-        lines.append(
-            f"answers checked {checks['checked']}, wrong {checks['wrong']}, "
-            f"largest relative error {checks['largest_error']:.1e}"
-        )
-    else:
-        lines.append("answers not checked: the model's directory is not on this machine (--model)")
-    return lines
-
-
-def _require_good_load(document: dict[str, Any]) -> None:
-    if document["checks"]["wrong"]:
-        raise CommandError(f"{document['checks']['wrong']} wrong answers: {document['checks']['first_wrong']}")
-    if not document["requests"]["answered"]:
-        raise CommandError(f"no request was answered: {document['first_error'] or 'none was sent'}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def parse_rate(text: str) -> Rate:
     except ValueError:
         pass
     raise InvalidRequest(
-        f"rate {text!r} is neither R (above 0, requests per second) nor S:R,S:R,... (rates at rising seconds)"
+        f"--rate is {text!r}, expected R (requests per second, above 0) or S:R,S:R,... (rates at rising seconds)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What `expertmesh layer`, `verify` and `load` do, on a model in this process or behind a router."""
+"""What `expertmesh layer` and `verify` do, on a model in this process or behind a router."""
 
 import time
 from collections.abc import Callable
@@ -11,16 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cluster.arrays import read_states, read_token_ids, read_trace, write_arrays
-from cluster.checking import Checker
-from cluster.loadgen import LoadGenerator, report
+from cluster.arrays import read_states, read_token_ids, write_arrays
 from cluster.local_layer import LocalLayer
-from cluster.patterns import Pattern
 from cluster.reference import load_reference
-from cluster.traffic import DrawnTraffic, TraceTraffic, Traffic
 from cluster.verify import TOKEN_COUNTS, LayerError, packed_dtype, tolerance_of, verify_layers
 from experts.packed import WeightDtype
-from protos.checkpoint import Checkpoint, read_model
+from protos.checkpoint import Checkpoint
 from protos.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from protos.model import ModelSpec
 from protos.router_pb2 import DescribeResponse
@@ -168,59 +164,12 @@ async def run_verify(
     }
 
 
-async def run_load(
-    router: str,
-    pattern: Pattern,
-    *,
-    rate: float | None,
-    concurrency: int,
-    num_tokens: int,
-    duration_s: float,
-    timeout_s: float,
-    model: Path | None,
-    check_share: float,
-) -> dict[str, Any]:
-    """Load a router for `duration_s` seconds; see `LoadGenerator` for rate and concurrency.
-
-    Args:
-        model: the served model's directory here; None takes the router's word, and checks nothing if it is not here.
-        check_share: of the answers to compute again, 0..1.
+async def reach(client: RouterClient) -> DescribeResponse:
+    """The model behind a router.
 
     Raises:
-        Unavailable: nothing answers at the address.
-        InvalidRequest: the pattern does not fit the model, a trace cannot be read, or num_tokens is above the limit.
+        Unavailable: nothing answers at its address.
     """
-    async with RouterClient(router) as client:
-        served = await _reach(client)
-        if num_tokens > served.max_request_tokens:
-            raise InvalidRequest(
-                f"tokens is {num_tokens}, limit is the router's max_request_tokens ({served.max_request_tokens})"
-            )
-        spec = _readable(model, served)
-        traffic: Traffic
-        if pattern.trace is not None:
-            states = read_trace(pattern.trace, tuple(served.layers), dim=served.dim)
-            if unroutable := sorted(states.keys() & set(served.token_id_layers)):
-                raise InvalidRequest(
-                    f"pattern trace:{pattern.trace}: layers {', '.join(unroutable)} look their experts up by token id, "
-                    "which a trace does not hold"
-                )
-            traffic = TraceTraffic(states, num_tokens=num_tokens)
-        else:
-            traffic = DrawnTraffic(pattern, served, num_tokens=num_tokens)
-        packed = packed_dtype(served.weight_dtype)
-        checker = (
-            Checker(spec, share=check_share, weight_dtype=packed) if spec is not None and check_share > 0 else None
-        )
-        load = LoadGenerator(client, traffic, rate=rate, concurrency=concurrency, timeout_s=timeout_s, checker=checker)
-        seconds = await load.run_for(duration_s)
-        if checker is not None:
-            await checker.close()
-    document = report(load.tally, checker.checks if checker is not None else None, seconds=seconds)
-    return {"router": router, "model": served.model, "checking": checker is not None} | document
-
-
-async def _reach(client: RouterClient) -> DescribeResponse:
     try:
         return await client.describe()
     except (Unavailable, DeadlineExceeded) as err:
@@ -229,7 +178,7 @@ async def _reach(client: RouterClient) -> DescribeResponse:
 
 async def _describe(client: RouterClient, spec: ModelSpec) -> DescribeResponse:
     """The served model, if it is `spec` as far as shapes tell."""
-    model = await _reach(client)
+    model = await reach(client)
     for field, ours, theirs in (
         ("family", spec.family, model.family),
         ("dim", spec.dim, model.dim),
@@ -240,15 +189,3 @@ async def _describe(client: RouterClient, spec: ModelSpec) -> DescribeResponse:
         if ours != theirs:
             raise InvalidRequest(f"router {client.address} serves another model: {field} is {theirs}, not {ours}")
     return model
-
-
-def _readable(model: Path | None, served: DescribeResponse) -> ModelSpec | None:
-    """The served model's spec read from this machine's files; None if it is not here and was not named."""
-    if model is None and not Path(served.model).is_dir():
-        return None
-    spec = read_model(model or Path(served.model))
-    ours = (spec.family, spec.dim, spec.num_experts, spec.layers)
-    theirs = (served.family, served.dim, served.num_experts, tuple(served.layers))
-    if ours != theirs:
-        raise InvalidRequest(f"model {spec.path} is not the served one: {ours} against {theirs}")
-    return spec

@@ -151,7 +151,7 @@ def test_load_reports_one_document(served: Mesh) -> None:
 
 
 def test_load_for_people_is_lines(served: Mesh, here: Run) -> None:
-    done = here("load", "--router", served.router.address, "--duration", 0.5, "--rate", 20, "--tokens", 4)
+    done = here("load", "--router", served.router.address, "--duration", 0.5, "--rate", "0:10,0.5:30", "--tokens", 4)
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout
     assert "wrong 0" in done.stdout
@@ -168,6 +168,8 @@ def test_load_for_people_is_lines(served: Mesh, here: Run) -> None:
         (("load", "--router", "h:1", "--tokens", "0"), ("--tokens", "0")),
         (("load", "--router", "h:1", "--tokens", "many"), ("--tokens", "integer")),
         (("load", "--router", "h:1", "--rate", "-1"), ("--rate", "-1")),
+        (("load", "--router", "h:1", "--rate", "0:1,x"), ("--rate", "0:1,x")),
+        (("load", "--router", "h:1", "--move-every", "0"), ("--move-every", "0")),
         (("load", "--router", "h:1", "--check", "2"), ("--check", "2")),
         (("load", "--router", "h:1", "--rate", "1", "--concurrency", "1"), ("--rate", "--concurrency")),
         (("load", "--router", "h:1", "--pattern", "even"), ("'even'", "zipf:A")),

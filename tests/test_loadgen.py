@@ -16,7 +16,7 @@ from cluster.checking import Checker
 from cluster.loadgen import NOT_SENT, LoadGenerator, Sample, Tally, percentiles, report
 from cluster.patterns import Pattern, draw_routing, expert_shares, parse_pattern
 from cluster.rates import GRAIN_S, Departures, RateProfile, parse_rate
-from cluster.run_model import run_load
+from cluster.run_load import run_load
 from cluster.traffic import DrawnTraffic, TraceTraffic, Work
 from experts.config import ExpertServerConfig
 from protos import common_pb2, router_pb2
@@ -174,7 +174,7 @@ def test_where_a_hot_spot_goes_depends_on_the_seed_alone(num_moves: int, seed: i
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "x", "nan", "inf", "1:", "0:1,x", "5:1,4:2", "0:0,1:0", "0:-1,1:1"])
 def test_a_rate_that_is_none_says_what_is_allowed(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="is neither R"):
+    with pytest.raises(InvalidRequest, match="expected R"):
         parse_rate(text)
 
 
@@ -400,6 +400,7 @@ async def test_an_answer_that_is_wrong_in_any_way_is_found(model: Path) -> None:
 async def load_for(router: str, pattern: str, **options: object) -> dict[str, object]:
     defaults: dict[str, object] = {
         "rate": None,
+        "move_every_s": None,
         "concurrency": 2,
         "num_tokens": 8,
         "duration_s": 0.3,
@@ -437,6 +438,8 @@ async def test_arguments_that_do_not_fit_the_model_are_refused(model: Path, tmp_
         trace.write_bytes(b"not a safetensors file")
         with pytest.raises(InvalidRequest, match="not a readable safetensors file"):
             await load_for(address, f"trace:{trace}")
+        with pytest.raises(InvalidRequest, match=r"--move-every needs a pattern with hot experts .*, not uniform"):
+            await load_for(address, "uniform", move_every_s=1.0)
         other = tiny_model("mixtral", tmp_path / "other")
         with pytest.raises(InvalidRequest, match="is not the served one"):
             await load_for(address, "uniform", model=other)

@@ -13,7 +13,8 @@ from torch import Tensor
 from cluster.local_layer import LocalLayer
 from cluster.patterns import parse_pattern
 from cluster.reference import load_reference
-from cluster.run_model import run_load, run_verify
+from cluster.run_load import run_load
+from cluster.run_model import run_verify
 from cluster.verify import TOKEN_COUNTS, LayerError, relative_error, verify_layers
 from experts.config import ExpertServerConfig
 from experts.packed import WeightDtype
