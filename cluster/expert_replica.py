@@ -8,8 +8,8 @@ gRPC data path has its own thread and loop.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ class ExpertServerReplica:
             queue_tokens=report.queue_tokens,
             busy_share=report.busy_share,
             pairs_per_s=pairs_per_s,
+            loaded={source: asdict(totals) for source, totals in report.loaded.items()},
         )
         reply = await answer(self._placement.beat_server.remote(beat))
         if reply is None:
@@ -179,8 +180,9 @@ class ExpertServerReplica:
             self._take(found)
 
     def _take(self, found: Assignment) -> None:
-        if self._assignment is None or found != self._assignment:
-            self._assignment = found
+        is_news = found != self._assignment
+        self._assignment = found  # also if only its sources are newer
+        if is_news:
             self._news.set()
             if found.released:
                 self._released.set()
@@ -201,7 +203,7 @@ class ExpertServerReplica:
             loaded: frozenset[Key] = frozenset()
             missing = [key for key in wanted.copies if key not in self._warm and key not in self._failed]
             if missing:
-                loaded, failed = await asyncio.to_thread(self._load_slice, missing)
+                loaded, failed = await asyncio.to_thread(self._load_slice, missing, wanted.sources)
                 self._warm |= loaded
                 self._failed |= failed
                 self._news.set()  # look again: there may be more to load, or another assignment
@@ -209,17 +211,20 @@ class ExpertServerReplica:
             self._beat_now.set()
             took_s = time.monotonic() - started_s
             log.info(
-                "assignment %d: %d unloaded, %d of %d to load, %d held, %.3f s",
+                "assignment %d: %d unloaded, %d of %d to load, %d held, %.3f s; since the start %s",
                 wanted.version, len(surplus), len(loaded), len(missing), len(self._warm), took_s,
+                ", ".join(f"{totals.copies} from {source}" for source, totals in self._server.report().loaded.items()),
             )  # fmt: skip
 
-    def _load_slice(self, keys: Sequence[Key]) -> tuple[frozenset[Key], dict[Key, str]]:
+    def _load_slice(
+        self, keys: Sequence[Key], sources: Mapping[Key, Sequence[str]]
+    ) -> tuple[frozenset[Key], dict[Key, str]]:
         """Load for a while, in order. Returns what is warm now and what failed, with the reason."""
         end_s = time.monotonic() + LOAD_SLICE_S
         loaded: list[Key] = []
         for key in keys:
             try:
-                self._server.load([key])
+                self._server.load([key], sources)
             except Exception as err:  # out of memory included: what was loaded before must be known all the same
                 log.error("copy %s cannot be loaded: %s: %s", key, type(err).__name__, err)
                 self._server.unload([key])

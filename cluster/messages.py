@@ -26,13 +26,14 @@ class Assignment:
     Args:
         copies: most urgent first.
         released: no router can still use the server, it may stop.
-        sources: addresses of servers that hold a copy this one still has to load; absent: only the checkpoint does.
+        sources: addresses of servers that hold a copy this one still has to load; absent: only the checkpoint does. No
+            part of equality: a holder that comes or goes changes nothing of what is to be held.
     """
 
     version: int
     copies: tuple[Key, ...]
     released: bool = False
-    sources: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
+    sources: Mapping[Key, tuple[str, ...]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,8 @@ class ServerBeat:
         applied_version: assignment version whose unloads are done.
         seq: grows with every message of this server, so that a late one is recognised.
         failed: copies asked for that could not be loaded, with the reason.
+        loaded: what came from where since the server started: source ("page_cache", "peer", "storage") -> "copies",
+            "bytes", "seconds", "failures" (attempts after which another source was taken).
     """
 
     server_id: str
@@ -56,6 +59,7 @@ class ServerBeat:
     queue_tokens: int  # routed pairs waiting or running
     busy_share: float  # of the last second
     pairs_per_s: float  # computed, since the last beat
+    loaded: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

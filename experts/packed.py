@@ -95,7 +95,33 @@ def pack(
         name = str(dtype).removeprefix("torch.")
         raise UnsupportedModel(f"weight_dtype {weight_dtype} computes in float32 or bfloat16, not in {name}")
     rows, columns = weight_ON.shape
-    device = weight_ON.device
+    packed = empty_packed((rows, columns), weight_dtype, dtype=dtype, device=weight_ON.device, group_size=group_size)
+    codes, scales = packed.codes, packed.scales
+    step = _block_rows(columns, _PACK_ELEMENTS)
+    (buffer_ON,) = paged_tensors(((min(step, rows), columns), torch.float32), device=weight_ON.device)
+    for start in range(0, rows, step):
+        block_ON = buffer_ON[: min(step, rows - start)].copy_(weight_ON[start : start + step])
+        if weight_dtype == "int4":
+            tiles = slice(start // _TILE, (start + step) // _TILE)
+            _pack_groups(block_ON, codes[tiles], scales[:, start : start + step], group_size)
+        else:
+            _pack_rows(block_ON, codes[start : start + step], scales[start : start + step])
+    # bf16 keeps inf and NaN, so the scales tell whether every element was finite.
+    if not bool(torch.isfinite(scales).all()):
+        raise CorruptWeights(f"a [{rows}, {columns}] weight has elements that are not finite, or beyond {weight_dtype}")
+    return packed
+
+
+def empty_packed(
+    shape: tuple[int, int],
+    weight_dtype: WeightDtype,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group_size: int = GROUP_SIZE,
+) -> PackedMatrix:
+    """What `pack` makes of a weight of this shape, with memory for codes and scales that is not filled yet."""
+    rows, columns = shape
     if weight_dtype == "int4":
         padded_rows, groups = -(-rows // _TILE) * _TILE, -(-columns // group_size)
         shapes: tuple[tuple[int, ...], ...] = (
@@ -108,19 +134,7 @@ def pack(
         code_dtype = torch.int8 if weight_dtype == "int8" else torch.float8_e4m3fn
     (codes,) = paged_tensors((shapes[0], code_dtype), device=device)
     scales = torch.empty(shapes[1], dtype=torch.bfloat16, device=device)
-    step = _block_rows(columns, _PACK_ELEMENTS)
-    (buffer_ON,) = paged_tensors(((min(step, rows), columns), torch.float32), device=device)
-    for start in range(0, rows, step):
-        block_ON = buffer_ON[: min(step, rows - start)].copy_(weight_ON[start : start + step])
-        if weight_dtype == "int4":
-            tiles = slice(start // _TILE, (start + step) // _TILE)
-            _pack_groups(block_ON, codes[tiles], scales[:, start : start + step], group_size)
-        else:
-            _pack_rows(block_ON, codes[start : start + step], scales[start : start + step])
-    # bf16 keeps inf and NaN, so the scales tell whether every element was finite.
-    if not bool(torch.isfinite(scales).all()):
-        raise CorruptWeights(f"a [{rows}, {columns}] weight has elements that are not finite, or beyond {weight_dtype}")
-    return PackedMatrix(weight_dtype=weight_dtype, shape=(rows, columns), dtype=dtype, codes=codes, scales=scales)
+    return PackedMatrix(weight_dtype=weight_dtype, shape=shape, dtype=dtype, codes=codes, scales=scales)
 
 
 def dequantise(weight: Matrix) -> Tensor:

@@ -10,9 +10,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import grpc.aio
 import numpy as np
@@ -22,7 +21,10 @@ from torch import Tensor
 from experts.batching import Batcher, Call
 from experts.compute import Float32Array, Int32Array, choose_compute_dtype, partial_sums
 from experts.config import ExpertServerConfig
+from experts.loading import CopyLoader
 from experts.meters import BusyMeter, LaunchCost, Pacer
+from experts.report import ServerReport, status_response
+from experts.sending import CopySender
 from experts.stream import ComputeStream
 from experts.weights import CopyKey, ExpertCopy, ExpertShard
 from protos import expert_pb2
@@ -34,24 +36,6 @@ from protos.model import ModelSpec
 from protos.services import EXPERT_SERVICE, expert_handlers, start_server
 
 log = logging.getLogger("expertmesh.experts")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerReport:
-    """What one server holds and how busy it is. Tokens are routed pairs."""
-
-    server_id: str
-    address: str
-    pid: int
-    state: Literal["serving", "draining"]
-    copies: frozenset[CopyKey]
-    bytes: int
-    budget_bytes: int
-    queue_tokens: int
-    busy_share: float  # of the last second, 0..1
-    tokens: Mapping[CopyKey, int]  # computed since each copy was loaded
-    compute_dtype: str
-    emulated_tokens_per_s: float | None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -93,7 +77,9 @@ class ExpertServer:
         )
         packed = None if config.weight_dtype == "compute" else config.weight_dtype
         self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes, packed)
+        self._loader = CopyLoader(self._shard)
         self._batcher: Batcher[_Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
+        self._sender = CopySender(self._shard, is_busy=lambda: self._batcher.queue_tokens > 0)
         self._pacer = Pacer(config.emulated_tokens_per_s)
         self._busy = BusyMeter()
         self._launch_cost = LaunchCost()
@@ -117,8 +103,12 @@ class ExpertServer:
         self.address = self._loop.call(self._start(host, port))
         return self.address
 
-    def load(self, copies: Sequence[CopyKey]) -> None:
+    def load(self, copies: Sequence[CopyKey], sources: Mapping[CopyKey, Sequence[str]] | None = None) -> None:
         """Load copies and run each once, so that the first request meets warm weights. Blocks.
+
+        Args:
+            sources: gRPC addresses of servers that may hold a copy, best first. Each copy comes from the fastest source
+                that has it (experts/sources.py), in the end from storage.
 
         Raises:
             InvalidRequest: a layer or expert the model does not have.
@@ -127,12 +117,7 @@ class ExpertServer:
         """
         for layer, expert in copies:
             self._check_key(layer, expert)
-        self._shard.load(copies)
-        x_1D = torch.zeros(1, self.spec.expert_dim)
-        zero, weight = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32)
-        for layer, expert in copies:
-            warm = replace(self._shard.find(layer, [expert])[expert], tokens=0)  # the warm-up counts as no traffic
-            partial_sums(x_1D, zero, np.full(1, expert, dtype=np.int32), weight, {expert: warm})
+        self._loader.load(copies, sources or {})
 
     def unload(self, copies: Sequence[CopyKey]) -> None:
         """Forget copies. Calls accepted for them complete; later ones get StalePlacement."""
@@ -157,6 +142,7 @@ class ExpertServer:
             queue_tokens=self._batcher.queue_tokens,
             busy_share=self._busy.share(time.monotonic()),
             tokens={key: copy.tokens for key, copy in held.items()},
+            loaded=self._loader.totals,
             compute_dtype=str(self._dtype).removeprefix("torch."),
             emulated_tokens_per_s=self.config.emulated_tokens_per_s,
         )
@@ -171,12 +157,15 @@ class ExpertServer:
             self._loop.call(self._stop(grace_s))
             self._loop.stop()
         self._compute_thread.shutdown(wait=False, cancel_futures=True)
+        self._loader.stop()
+        self._sender.stop()
 
     # ------------------------------------------------------------------ gRPC methods, on our loop
 
     async def _start(self, host: str, port: int) -> str:
+        self._sender.start()
         limit_torch_threads(self.config.compute_threads)  # of the loop's thread: short launches run on it
-        handlers = expert_handlers(compute=self._compute, status=self._status)
+        handlers = expert_handlers(compute=self._compute, status=self._status, fetch=self._sender.fetch)
         self._server, address, _ = await start_server(EXPERT_SERVICE, handlers, host=host, port=port)
         return address
 
@@ -203,23 +192,7 @@ class ExpertServer:
     async def _status(
         self, request: expert_pb2.StatusRequest, context: grpc.aio.ServicerContext
     ) -> expert_pb2.StatusResponse:
-        report = self.report()
-        state = expert_pb2.SERVER_STATE_DRAINING if self._draining else expert_pb2.SERVER_STATE_SERVING
-        return expert_pb2.StatusResponse(
-            server_id=report.server_id,
-            state=state,
-            copies=[
-                expert_pb2.ExpertCopy(layer=layer, expert=expert, tokens=tokens)
-                for (layer, expert), tokens in sorted(report.tokens.items())
-            ],
-            bytes=report.bytes,
-            budget_bytes=report.budget_bytes,
-            queue_tokens=report.queue_tokens,
-            busy_share=report.busy_share,
-            compute_dtype=report.compute_dtype,
-            emulated_tokens_per_s=report.emulated_tokens_per_s or 0.0,
-            pid=report.pid,
-        )
+        return status_response(self.report())
 
     # ------------------------------------------------------------------ requests
 

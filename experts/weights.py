@@ -5,7 +5,7 @@ Shapes: D width of the rows, F expert hidden dim, I = 2F rows of gate over up (F
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ class ExpertCopy:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     tokens: int = 0  # routed pairs computed since it was loaded
+    checksum: int | None = None  # of its bytes, once another server asked for it (experts/copyform.py)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,6 +118,11 @@ class ExpertShard:
     _loading: threading.Lock = field(default_factory=threading.Lock)
 
     @property
+    def form(self) -> tuple[str, str]:
+        """How copies are held, in the words of the settings: (compute_dtype, weight_dtype)."""
+        return str(self.dtype).removeprefix("torch."), self.weight_dtype or "compute"
+
+    @property
     def copy_bytes(self) -> int:
         """Memory of one copy."""
         return bytes_per_copy(self.spec, self.dtype, self.weight_dtype)
@@ -125,10 +131,17 @@ class ExpertShard:
     def num_bytes(self) -> int:
         return len(self.held) * self.copy_bytes
 
-    def load(self, keys: Iterable[CopyKey]) -> None:
-        """Read copies from the checkpoint and make them available. Copies already held are kept as they are.
+    def read(self, key: CopyKey) -> ExpertCopy:
+        """One copy from the checkpoint; raises as `load_expert` does."""
+        return load_expert(self.checkpoint, *key, device=self.device, dtype=self.dtype, weight_dtype=self.weight_dtype)
+
+    def load(self, keys: Iterable[CopyKey], read: Callable[[CopyKey], ExpertCopy] | None = None) -> None:
+        """Read copies and make them available. Copies already held are kept as they are.
 
         Each copy becomes visible as soon as it is read, so a long load serves its first experts early.
+
+        Args:
+            read: where a copy comes from; None: the checkpoint.
 
         Raises:
             Overloaded: the copies would exceed budget_bytes; nothing is loaded.
@@ -142,9 +155,7 @@ class ExpertShard:
                     f"{len(wanted)} more copies need {needed} bytes in all, above budget_bytes ({self.budget_bytes})"
                 )
             for key in progress(wanted, "experts"):
-                copy = load_expert(
-                    self.checkpoint, *key, device=self.device, dtype=self.dtype, weight_dtype=self.weight_dtype
-                )
+                copy = (read or self.read)(key)
                 self.held = {**self.held, key: copy}
 
     def unload(self, keys: Iterable[CopyKey]) -> None:

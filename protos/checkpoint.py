@@ -7,9 +7,11 @@ Shapes: D model dim, L expert input dim, F expert hidden dim (the shared expert'
 rows of gate and up (F without a gate), E routed experts, C = E + identity choices, V vocabulary, K top-k.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +33,7 @@ _DTYPE_NAMES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "BF16": "bfloat16",
     "F16": "float16",
 }
+SAMPLE_BYTES = 4096  # of one expert of each layer, in the fingerprint
 _CODES = {name: code for code, name in _DTYPE_NAMES.items()}
 
 
@@ -132,9 +135,34 @@ class Checkpoint:
 
     def expert_bytes(self, layer: str, expert: int) -> int:
         """Bytes that `expert` reads."""
+        return sum(extent.nbytes for extent in self.expert_extents(layer, expert))
+
+    def expert_extents(self, layer: str, expert: int) -> tuple[Extent, ...]:
+        """Where the bytes that `expert` reads lie."""
         mlp = self._block(layer).experts[expert]
-        biases = [*mlp.up_biases, *([mlp.down_bias] if mlp.down_bias else [])]
-        return sum(matrix.nbytes for matrix in (*mlp.ups, mlp.down)) + sum(bias.nbytes for bias in biases)
+        matrices = [extent for matrix in (*mlp.ups, mlp.down) for extent in matrix.pieces.values()]
+        return (*matrices, *mlp.up_biases, *([mlp.down_bias] if mlp.down_bias else []))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell experts of different weights apart, wherever their files lie; read once.
+
+        It covers how all experts are stored, and SAMPLE_BYTES of one expert of each layer: training changes all layers.
+
+        Raises:
+            CorruptWeights: as `expert` does.
+        """
+        digest = hashlib.sha256()
+        for number, (layer, block) in enumerate(self._blocks.items()):
+            for expert in range(len(block.experts)):
+                for extent in self.expert_extents(layer, expert):
+                    digest.update(f"{extent.name} {extent.dtype} {extent.shape}\n".encode())
+            sample = self.expert_extents(layer, number % len(block.experts))[0]
+            num_bytes = min(SAMPLE_BYTES, sample.nbytes)
+            begin = sample.begin + (sample.nbytes - num_bytes) // 2
+            piece = replace(sample, dtype="U8", shape=(num_bytes,), begin=begin, nbytes=num_bytes)
+            digest.update(read_extent(piece).numpy().data)
+        return digest.hexdigest()[:16]
 
     def expert(self, layer: str, expert: int) -> ExpertWeights:
         """Read one expert: its matrices and not a byte more.

@@ -104,3 +104,53 @@ class StatusResponse(_message.Message):
     emulated_tokens_per_s: float
     pid: int
     def __init__(self, server_id: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., copies: _Optional[_Iterable[_Union[ExpertCopy, _Mapping]]] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., busy_share: _Optional[float] = ..., compute_dtype: _Optional[str] = ..., emulated_tokens_per_s: _Optional[float] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class ExpertKey(_message.Message):
+    __slots__ = ("layer", "expert")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    expert: int
+    def __init__(self, layer: _Optional[str] = ..., expert: _Optional[int] = ...) -> None: ...
+
+class FetchExpertsRequest(_message.Message):
+    __slots__ = ("copies", "compute_dtype", "weight_dtype", "fingerprint")
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    copies: _containers.RepeatedCompositeFieldContainer[ExpertKey]
+    compute_dtype: str
+    weight_dtype: str
+    fingerprint: str
+    def __init__(self, copies: _Optional[_Iterable[_Union[ExpertKey, _Mapping]]] = ..., compute_dtype: _Optional[str] = ..., weight_dtype: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class ExpertChunk(_message.Message):
+    __slots__ = ("head", "data")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    head: CopyHead
+    data: bytes
+    def __init__(self, head: _Optional[_Union[CopyHead, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class CopyHead(_message.Message):
+    __slots__ = ("layer", "expert", "tensors", "crc32")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    expert: int
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorHead]
+    crc32: int
+    def __init__(self, layer: _Optional[str] = ..., expert: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class TensorHead(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...

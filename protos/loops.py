@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ import uvloop
 
 T = TypeVar("T")
 
+BACKGROUND_NICE = 10  # of loading threads, beside 0 of those that serve
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -70,6 +72,17 @@ def compute_executor(name: str, torch_threads: int | None) -> ThreadPoolExecutor
     are cores, and they spin between operations. So every thread that computes sets the number itself.
     """
     return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=limit_torch_threads, initargs=(torch_threads,))
+
+
+def background_executor(name: str) -> ThreadPoolExecutor:
+    """One thread for work that must not slow down the others of this process: lower priority, one core."""
+    return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_step_back)
+
+
+def _step_back() -> None:
+    limit_torch_threads(1)
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICE)
 
 
 def limit_torch_threads(torch_threads: int | None) -> None:

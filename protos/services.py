@@ -32,8 +32,9 @@ Handler = Callable[..., Awaitable[Any]]
 HealthServicer: TypeAlias = health.aio.HealthServicer
 
 
-def expert_handlers(*, compute: Handler, status: Handler) -> grpc.GenericRpcHandler:
-    """ExpertService: `compute(unused, context)` reads and writes raw bytes; `status(request, context)`."""
+def expert_handlers(*, compute: Handler, status: Handler, fetch: Handler) -> grpc.GenericRpcHandler:
+    """ExpertService: `compute(unused, context)` reads and writes raw bytes; `fetch(request, context)` writes raw bytes
+    (ExpertChunk); `status(request, context)`."""
     return grpc.method_handlers_generic_handler(
         EXPERT_SERVICE,
         {
@@ -42,6 +43,9 @@ def expert_handlers(*, compute: Handler, status: Handler) -> grpc.GenericRpcHand
                 status,
                 request_deserializer=expert_pb2.StatusRequest.FromString,
                 response_serializer=expert_pb2.StatusResponse.SerializeToString,
+            ),
+            "FetchExperts": grpc.unary_stream_rpc_method_handler(
+                fetch, request_deserializer=expert_pb2.FetchExpertsRequest.FromString
             ),
         },
     )
@@ -76,6 +80,16 @@ def status_method(channel: grpc.aio.Channel) -> Callable[..., Awaitable[expert_p
         response_deserializer=expert_pb2.StatusResponse.FromString,
     )
     return method
+
+
+def fetch_stream(
+    channel: grpc.aio.Channel, request: expert_pb2.FetchExpertsRequest, *, timeout_s: float
+) -> grpc.aio.UnaryStreamCall:
+    """Open ExpertService.FetchExperts; what comes are raw bytes (ExpertChunk), for at most `timeout_s` seconds."""
+    method = channel.unary_stream(
+        f"/{EXPERT_SERVICE}/FetchExperts", request_serializer=expert_pb2.FetchExpertsRequest.SerializeToString
+    )
+    return method(request, timeout=timeout_s)
 
 
 def router_stream(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamCall:

@@ -100,6 +100,6 @@ def test_every_proto_field_is_documented_or_named_by_its_neighbours() -> None:
         assert text.startswith("//"), f"{path.name} opens with what it is"
         for line in text.splitlines():
             if re.match(r"\s+bytes ", line):
-                assert re.search(r"//.*\[[TRPDK, ]+\]", line), f"{path.name}: no shape: {line.strip()}"
+                assert re.search(r"//.*\[[TRPDKB, ]+\]", line), f"{path.name}: no shape: {line.strip()}"
             if re.match(r"\s+(?:float|double) (?!\w+_per_s)\w+_s ", line):
                 assert "second" in line, f"{path.name}: no unit: {line.strip()}"
