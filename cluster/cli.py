@@ -18,6 +18,7 @@ import typer
 
 from cluster.cli_load import load
 from cluster.cli_options import Json, Model, Router, StateDir, check_address, read_named_model
+from cluster.cli_plan import plan
 from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, note, output
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def describe(
 
 
 app.command()(load)
+app.command()(plan)
 
 
 @app.command()

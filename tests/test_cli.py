@@ -86,7 +86,7 @@ def test_help_is_there_at_once() -> None:
     done = expertmesh("--help")
     assert time.monotonic() - began_s < 2.0  # torch alone takes longer to import
     assert done.returncode == 0
-    for command in ("layer", "verify", "load", "up", "status", "down"):
+    for command in ("layer", "verify", "load", "plan", "up", "status", "down"):
         assert f"  {command} " in done.stdout
 
 
