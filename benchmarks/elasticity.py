@@ -1,0 +1,281 @@
+"""Elasticity on a real cluster: goodput under a moving hot spot, recovery, re-placements, server-seconds over a day.
+
+    python -m benchmarks.elasticity [--only a,b,c,d] [--short] [--out FILE]
+
+Every part deploys its own clusters on a Ray of its own (local, fake GPU nodes) with servers paced to a slow device's
+rate, offers an open-loop load, and judges requests by when they were due. Fixed before anything is measured:
+
+    SLO      4 times the p50 latency of the cluster at 5 % load, uniform (measured first)
+    load     60 % of what the servers can compute, zipf(1.2) over 32 experts of one layer, top-2
+    inside   p99 is: of the requests due in the next 2 s, at least 99 % were answered within the SLO
+
+    a  goodput while the hot spot moves, beside uniform load, a static placement (max_moves: 0), and, with the number
+       of servers free, Serve's stock queue-length policy with its own delays and with ours
+    b  seconds from a hot spot's onset until the cluster is inside the SLO for good, where copies suffice and where
+       servers must start
+    c  30 re-placements under 30 % load: failed requests, wrong answers, p99 during over p99 before
+    d  two short days: server-seconds over a clairvoyant planner's, longest time outside the SLO
+"""
+
+import argparse
+import json
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import ray
+import torch
+
+from benchmarks import elasticity_parts as parts
+from benchmarks.elasticity_parts import SHORT, Facts, Lengths, Story
+from benchmarks.elasticity_slo import INSIDE_SHARE, INSIDE_WINDOW_S
+from benchmarks.elasticity_stage import (
+    EMULATED_PAIRS_PER_S,
+    MODEL,
+    PAIRS_PER_REQUEST,
+    SKEW,
+    TOKENS_PER_REQUEST,
+    make_config,
+    perform,
+)
+from benchmarks.elasticity_stock import stock_autoscaling
+from benchmarks.processes import ROOT, make_model
+from cluster.local import LocalRay, NodeScaling, connect, local_ray
+
+SERVERS = 4  # of the parts whose number of servers is fixed
+LEAST, MOST = 2, 5  # of the others
+SLO_FACTOR = 4.0
+LOAD = 0.6  # of what SERVERS can compute
+DOWNSCALE_DELAY_S = 5.0
+PARTS = "abcd"
+
+
+class Run:
+    """One run: the Ray, the model, the SLO once it is known, and the story on every arm's cluster."""
+
+    def __init__(self, local: LocalRay, model: Path, lengths: Lengths) -> None:
+        self.lengths = lengths
+        self.slo_s = 0.0
+        self._local, self._model = local, model
+        self._http_port = _free_port()  # Serve keeps its proxy from arm to arm
+
+    def arm(
+        self,
+        name: str,
+        story: Story,
+        *,
+        servers: tuple[int, int] = (SERVERS, SERVERS),
+        pattern: str = SKEW,
+        deployed: AbstractContextManager[None] | None = None,
+        **sections: Mapping[str, Any],
+    ) -> Facts:
+        """Tell a story on a cluster of its own; `deployed` is around its deployment and life."""
+        say(name)
+        sections = {"scaling": {"downscale_delay_s": DOWNSCALE_DELAY_S}} | sections
+        config = make_config(self._model, self._http_port, least=servers[0], most=servers[1], **sections)
+        with deployed or nullcontext():
+            told, account = perform(self._local, config, pattern, 1, story)
+        found = told | {"account": account}
+        say(f"  {json.dumps({k: v for k, v in found.items() if k not in ('onsets', 'servers')}, default=str)}")
+        return found
+
+    def calibrate(self) -> Facts:
+        """The SLO: 4 times the unloaded p50."""
+        story = partial(parts.unloaded, lengths=self.lengths, pairs_per_s=0.05 * SERVERS * EMULATED_PAIRS_PER_S)
+        found = self.arm("unloaded", story, pattern="uniform")
+        self.slo_s = SLO_FACTOR * found["p50_s"]
+        return found
+
+    def part_a(self) -> Facts:
+        story = partial(
+            parts.moving_hot_spot,
+            lengths=self.lengths,
+            pairs_per_s=LOAD * SERVERS * EMULATED_PAIRS_PER_S,
+            slo_s=self.slo_s,
+        )
+        calls = {"pairs_per_s": EMULATED_PAIRS_PER_S, "pairs_per_call": PAIRS_PER_REQUEST / SERVERS}
+        prompt = {
+            "metrics_interval_s": 0.1,
+            "look_back_period_s": 0.3,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": DOWNSCALE_DELAY_S,
+        }
+        free = (LEAST, MOST)
+        arms: dict[str, Callable[[], Facts]] = {
+            "uniform": partial(self.arm, "a uniform load", story, pattern="uniform"),
+            "ours": partial(self.arm, "a moving hot spot", story),
+            "static": partial(self.arm, "a static placement", story, placement={"max_moves": 0}),
+            "ours_scaling": partial(self.arm, "a moving hot spot, servers free", story, servers=free),
+            "stock_scaling": partial(
+                self.arm, "a Serve's stock policy", story, deployed=stock_autoscaling(**calls), servers=free
+            ),
+            "stock_scaling_prompt": partial(
+                self.arm,
+                "a Serve's stock policy, our delays",
+                story,
+                deployed=stock_autoscaling(**calls, **prompt),
+                servers=free,
+            ),
+        }
+        found = {name: arm() for name, arm in arms.items()}
+        ratios = {name: rows["goodput"] / found["uniform"]["goodput"] for name, rows in found.items()}
+        return {**found, "goodput_over_uniform": ratios, "targets": {"ours >= 0.9": ratios["ours"] >= 0.9}}
+
+    def part_b(self) -> Facts:
+        copy = self.arm(
+            "b onsets where copies suffice",
+            partial(
+                parts.onsets_for_a_copy,
+                lengths=self.lengths,
+                pairs_per_s=LOAD * SERVERS * EMULATED_PAIRS_PER_S,
+                slo_s=self.slo_s,
+            ),
+        )
+        server = self.arm(
+            "b onsets where servers must start",
+            partial(
+                parts.onsets_for_a_server,
+                lengths=self.lengths,
+                low_pairs_per_s=0.55 * LEAST * EMULATED_PAIRS_PER_S,
+                high_pairs_per_s=1.1 * LEAST * EMULATED_PAIRS_PER_S,
+                slo_s=self.slo_s,
+            ),
+            servers=(LEAST, MOST),
+        )
+        return {
+            "copy": copy,
+            "server": server,
+            "targets": {
+                "copy: median < 2 s": copy["median_s"] is not None and copy["median_s"] < 2,
+                "server: median < 6 s": server["median_s"] is not None and server["median_s"] < 6,
+            },
+        }
+
+    def part_c(self) -> Facts:
+        story = partial(parts.replacements, lengths=self.lengths, pairs_per_s=0.3 * SERVERS * EMULATED_PAIRS_PER_S)
+        found = self.arm("c re-placements", story)
+        account = found["account"]
+        return found | {
+            "targets": {
+                "all re-placements": found["replacements"] >= self.lengths.replacements,
+                "0 failed": account["failed"] == 0,
+                "0 wrong": account["checks"]["wrong"] == 0 and account["checks"]["checked"] > 0,
+                "p99 <= 1.3x": found["p99_ratio"] is not None and found["p99_ratio"] <= 1.3,
+            }
+        }
+
+    def part_d(self) -> Facts:
+        target = EMULATED_PAIRS_PER_S * 0.6
+        story = partial(
+            parts.diurnal,
+            lengths=self.lengths,
+            low_pairs_per_s=0.5 * LEAST * target,
+            high_pairs_per_s=0.95 * MOST * target,
+            slo_s=self.slo_s,
+        )
+        found = self.arm("d diurnal", story, servers=(LEAST, MOST))
+        return found | {
+            "targets": {
+                "server-seconds <= 1.15x": found["server_s_ratio"] <= 1.15,
+                "no violation > 5 s": found["longest_violation_s"] <= 5,
+            }
+        }
+
+
+def run(only: str, lengths: Lengths) -> Facts:
+    """The chosen parts on a Ray of their own, which is gone afterwards whatever happens."""
+    torch.set_num_threads(1)  # the cores belong to the cluster
+    nodes = NodeScaling(min_nodes=MOST, max_nodes=MOST, idle_s=3600.0)
+    with tempfile.TemporaryDirectory() as folder, _orderly(), local_ray(num_cpus=2, nodes=nodes) as local:
+        model = make_model(Path(folder) / "model", **MODEL)
+        try:
+            connect(local.address)
+            stage = Run(local, model, lengths)
+            found: Facts = {"unloaded": stage.calibrate(), "slo_s": stage.slo_s}
+            for part in only:
+                found[part] = getattr(stage, f"part_{part}")()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # cleaning up is not interrupted
+            ray.shutdown()
+    return found
+
+
+@contextmanager
+def _orderly() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that everything started is ended; handlers are put back afterwards."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=PARTS, help="parts, for example a,c")
+    parser.add_argument("--short", action="store_true", help="a smoke run: too short to quote")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    only = args.only.replace(",", "")
+    if not only or set(only) - set(PARTS):
+        parser.error(f"--only is {args.only!r}, expected some of {','.join(PARTS)}")
+    lengths = SHORT if args.short else Lengths()
+    found = run(only, lengths)
+    document = {
+        "command": " ".join(["python -m benchmarks.elasticity", *sys.argv[1:]]),
+        "settings": {
+            "model": MODEL,
+            "emulated_pairs_per_s": EMULATED_PAIRS_PER_S,
+            "tokens_per_request": TOKENS_PER_REQUEST,
+            "pattern": SKEW,
+            "load": LOAD,
+            "servers": SERVERS,
+            "servers_free": [LEAST, MOST],
+            "slo": {"factor": SLO_FACTOR, "inside_share": INSIDE_SHARE, "inside_window_s": INSIDE_WINDOW_S},
+            "lengths": asdict(lengths),
+        },
+        **found,
+        "versions": {name: version(name) for name in ("grpcio", "ray", "torch", "numpy")},
+        "machine": {"python": platform.python_version(), "cores": psutil.cpu_count(), "cpu": platform.machine()},
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+        ).stdout.strip(),
+    }
+    text = json.dumps(document, indent=1, default=str)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
