@@ -98,6 +98,11 @@ class PlacementConfig(_Config):
     max_moves: int = Field(
         default=16, ge=0, description="loads per plan that only improve balance; bounds the bytes a re-plan moves"
     )
+    load_bytes_per_s: float | None = Field(
+        default=float(1 << 30),
+        gt=0,
+        description="bytes per second that loads which only improve the placement may read; null: no limit",
+    )
     hot_factor: float = Field(
         default=1.5, gt=0, description="a copy should carry at most this many times the mean expert's load"
     )

@@ -14,34 +14,12 @@ Time is an argument everywhere (`now_s`, monotonic seconds). After an event, cal
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
+from cluster.loads import LoadQueue
+from cluster.members import Router, Server
 from cluster.messages import Assignment, Key, ServerHello
+from cluster.planner import Load
 from router.table import CopyShare, PlacementTable, ServerAddress, empty_table
-
-
-@dataclass(slots=True, kw_only=True)
-class _Server:
-    hello: ServerHello
-    last_seen_s: float
-    version: int = 1
-    applied: int = 0  # the assignment version whose unloads the server has done
-    seq: int = 0
-    draining: bool = False
-    released: bool = False
-    assigned: dict[Key, int] = field(default_factory=dict)  # copy -> version that asked for it
-    live: set[Key] = field(default_factory=set)  # observed, and not about to be unloaded
-    waiting: dict[Key, None] = field(default_factory=dict)  # planned, no bytes free yet
-    retiring: dict[Key, int] = field(default_factory=dict)  # copy -> first epoch without it
-    failed: dict[Key, float] = field(default_factory=dict)  # copy -> when loading it may be tried again
-
-
-@dataclass(slots=True, kw_only=True)
-class _Router:
-    epoch: int
-    oldest: int
-    last_seen_s: float
-    known: frozenset[str]
 
 
 class Fleet:
@@ -53,6 +31,8 @@ class Fleet:
         dead_after_s: silence after which a server or router is gone.
         settle_s: longest wait for the others after the first one spoke.
         retry_load_s: pause before a copy that failed to load is tried on the same server again.
+        copy_bytes: memory of one copy, for the budget.
+        load_bytes_per_s: how much may be loaded per second, over all servers, to improve the placement; None: no limit.
     """
 
     def __init__(
@@ -63,16 +43,20 @@ class Fleet:
         dead_after_s: float = 3.0,
         settle_s: float = 2.0,
         retry_load_s: float = 30.0,
+        copy_bytes: int = 0,
+        load_bytes_per_s: float | None = None,
     ) -> None:
         self.settled = False
         self._expected = expected_servers
         self._dead_after_s = dead_after_s
         self._settle_s = settle_s
         self._retry_load_s = retry_load_s
+        self.copy_bytes = copy_bytes
+        self._queue = LoadQueue(load_bytes_per_s)
         self._first_seen_s: float | None = None
         self._floor = 0  # every epoch we publish is above this: a predecessor may have used it
-        self._servers: dict[str, _Server] = {}
-        self._routers: dict[str, _Router] = {}
+        self._servers: dict[str, Server] = {}
+        self._routers: dict[str, Router] = {}
         self._target: dict[Key, tuple[CopyShare, ...]] = {}
         self._requested: dict[Key, set[str]] = {}  # servers whose assignment has the copy
         self._holders: dict[Key, set[str]] = {}  # servers where it is observed
@@ -148,7 +132,7 @@ class Fleet:
         version = before.version + 1 if before else 1
         if before:
             self._forget(hello.server_id)
-        server = _Server(hello=hello, last_seen_s=now_s, version=version, applied=version, seq=seq)
+        server = Server(hello=hello, last_seen_s=now_s, version=version, applied=version, seq=seq)
         server.draining = hello.draining or (before is not None and before.draining)
         self._servers[hello.server_id] = server
         for key in sorted(held):
@@ -193,7 +177,7 @@ class Fleet:
             self._raise_floor(epoch)
         if router is None:
             oldest = oldest_epoch if epoch else self.epoch  # one without a table cannot use an older one any more
-            self._routers[router_id] = _Router(epoch=epoch, oldest=oldest, last_seen_s=now_s, known=known_servers)
+            self._routers[router_id] = Router(epoch=epoch, oldest=oldest, last_seen_s=now_s, known=known_servers)
         else:
             router.epoch = max(router.epoch, epoch)
             router.oldest = max(router.oldest, oldest_epoch)
@@ -231,21 +215,25 @@ class Fleet:
         self._advance(now_s)
         return lost
 
-    def adopt(self, target: Mapping[Key, tuple[CopyShare, ...]], order: Iterable[Key], now_s: float) -> None:
-        """Pursue a new plan. `order`: keys to load, most urgent first; copies on unknown servers are ignored."""
+    def adopt(self, target: Mapping[Key, tuple[CopyShare, ...]], loads: Iterable[Load], now_s: float) -> None:
+        """Pursue a new plan instead of the last one.
+
+        Args:
+            target: copies on unknown servers are ignored.
+            loads: what is known of the target's new copies; those it does not name count as missing.
+        """
         old = self._target
         self._target = {
             key: tuple(copy for copy in copies if copy.server_id in self._servers) for key, copies in target.items()
         }
         changed = {key for key in old.keys() | target.keys() if self._target.get(key, ()) != old.get(key, ())}
-        urgent = dict.fromkeys(key for key in order if key in changed)
-        for key in [*urgent, *sorted(changed - urgent.keys())]:
+        known = {(load.key, load.server_id): load for load in loads}
+        for key in sorted(changed):
             wanted = {copy.server_id for copy in self._target.get(key, ())}
             for server_id in {copy.server_id for copy in old.get(key, ())} - wanted:
-                if server_id in self._servers:
-                    self._servers[server_id].waiting.pop(key, None)
-            for server_id in wanted - self._requested.get(key, set()):
-                self._servers[server_id].waiting[key] = None
+                self._queue.discard(key, server_id)
+            for server_id in sorted(wanted - self._requested.get(key, set())):
+                self._queue.add(known.get((key, server_id)) or Load(key=key, server_id=server_id, reason="missing"))
         self._dirty |= changed
         self._advance(now_s)
 
@@ -262,7 +250,8 @@ class Fleet:
             self._publish()
             oldest = min((router.oldest for router in self._routers.values()), default=math.inf)
             for server in self._servers.values():
-                self._assign(server, oldest)
+                self._unassign(server, oldest)
+            self._assign(now_s)
         for server in self._servers.values():
             released = self._is_released(server)
             server.version += released != server.released
@@ -303,7 +292,9 @@ class Fleet:
                 if server_id in kept:
                     self._servers[server_id].retiring.pop(key, None)
                 else:
-                    self._servers[server_id].retiring.setdefault(key, self._table.epoch)
+                    server = self._servers[server_id]
+                    # What was never observed is in no table: a newer plan takes it back at once.
+                    server.retiring.setdefault(key, self._table.epoch if key in server.live else 0)
 
     def _routable(self, key: Key) -> tuple[CopyShare, ...]:
         """The observed copies the table should name: the target's, plus the old ones while any of it is missing."""
@@ -311,7 +302,7 @@ class Fleet:
         target = self._target.get(key, ())
         chosen = [copy for copy in target if copy.server_id in live]
         if len(chosen) < len(target) or not target:
-            others = sorted(live - {copy.server_id for copy in target})
+            others = self._worth_keeping(sorted(live - {copy.server_id for copy in target}), needed=not chosen)
             left = 1 - sum(copy.share for copy in chosen)
             chosen += [CopyShare(server_id=other, share=max(left, 0.01) / len(others)) for other in others]
         total = sum(copy.share for copy in chosen)
@@ -319,22 +310,33 @@ class Fleet:
             return tuple(chosen)
         return tuple(CopyShare(server_id=copy.server_id, share=copy.share / total) for copy in chosen)
 
-    def _assign(self, server: _Server, oldest: float) -> None:
+    def _worth_keeping(self, others: list[str], *, needed: bool) -> list[str]:
+        """Old copies, without those that keep stuck servers from loading; `needed`: one has to stay."""
+        free = [other for other in others if not self._servers[other].lets_go]
+        return free or (others[:1] if needed else [])
+
+    def _unassign(self, server: Server, oldest: float) -> None:
         drop = [key for key, epoch in server.retiring.items() if epoch <= oldest]  # rule 2
         for key in drop:
             self._unrequest(server, key)
-        add = list(server.waiting)[: max(server.hello.max_copies - len(server.assigned), 0)]
-        if drop or add:
-            server.version += 1
-        for key in add:
-            del server.waiting[key]
-            self._request(server, key)
+        server.version += bool(drop)
 
-    def _request(self, server: _Server, key: Key) -> None:
+    def _assign(self, now_s: float) -> None:
+        room = {server_id: server.room for server_id, server in self._servers.items()}
+        taken = self._queue.take(room, self.copy_bytes, now_s)
+        for server_id in {server_id for server_id, _ in taken}:
+            self._servers[server_id].version += 1
+        for server_id, key in taken:
+            self._request(self._servers[server_id], key)
+        for server_id, server in self._servers.items():
+            if server.look_stuck(self._queue.waiting(server_id), now_s):
+                self._dirty |= server.live
+
+    def _request(self, server: Server, key: Key) -> None:
         server.assigned[key] = server.version
         self._requested.setdefault(key, set()).add(server.hello.server_id)
 
-    def _unrequest(self, server: _Server, key: Key) -> None:
+    def _unrequest(self, server: Server, key: Key) -> None:
         del server.assigned[key]
         server.retiring.pop(key, None)
         server.live.discard(key)
@@ -347,14 +349,14 @@ class Fleet:
         first = (key[1] % len(holders)) if holders else 0
         return tuple(self._servers[held].hello.address for held in holders[first:] + holders[:first])
 
-    def _is_released(self, server: _Server) -> bool:
+    def _is_released(self, server: Server) -> bool:
         if self._closing or not server.draining:
             return self._closing
         if all(other.draining for other in self._servers.values()):
             return True  # nobody is left to take over
         return self.settled and not server.live and not server.retiring
 
-    def _observe(self, server: _Server, held: frozenset[Key]) -> None:
+    def _observe(self, server: Server, held: frozenset[Key]) -> None:
         live = {key for key in held & server.assigned.keys() if server.applied >= server.assigned[key]}
         if live == server.live:
             return
@@ -364,7 +366,7 @@ class Fleet:
             self._dirty.add(key)
         server.live = live
 
-    def _give_up(self, server: _Server, key: Key, now_s: float) -> None:
+    def _give_up(self, server: Server, key: Key, now_s: float) -> None:
         server.failed[key] = now_s + self._retry_load_s
         if key in server.assigned and key not in server.live:
             self._unrequest(server, key)
@@ -378,6 +380,7 @@ class Fleet:
     def _forget(self, server_id: str) -> None:
         server = self._servers.pop(server_id)
         self._dirty |= server.live
+        self._queue.drop_server(server_id)
         for key in list(server.assigned):
             self._unrequest(server, key)
         for key in [key for key, copies in self._target.items() if any(c.server_id == server_id for c in copies)]:

@@ -20,6 +20,7 @@ Shapes: L layers, E experts, S servers that may hold copies.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -74,16 +75,24 @@ class PlannerInput:
     min_pairs_per_s: float = 50.0
 
 
+Reason = Literal["missing", "drain", "load", "survival"]  # why a copy comes or goes, most urgent first
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
+    """A copy to load. `gain`: the share of its layer's load that the most loaded server is relieved of."""
+
     key: Key
     server_id: str
+    reason: Reason = "load"
+    gain: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unload:
     key: Key
     server_id: str
+    reason: Reason = "load"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +268,10 @@ class _Draft:
                         if new == old
                         else tuple(CopyShare(server_id=server_id, share=share) for server_id, share in new.items())
                     )
-                loads += [Load(key=key, server_id=server_id) for server_id in new.keys() - old.keys()]
+                loads += [
+                    Load(key=key, server_id=server_id, reason="missing" if (key, server_id) in urgent else "load")
+                    for server_id in new.keys() - old.keys()
+                ]
                 unloads += [Unload(key=key, server_id=server_id) for server_id in old.keys() - new.keys() if new]
                 if new != old and new.keys() == old.keys():
                     reshares.append(Reshare(key=key))

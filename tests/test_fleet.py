@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.fleet import Fleet
+from cluster.members import STUCK_S
 from cluster.messages import Assignment, Key, ServerHello
+from cluster.planner import Load, Reason
 from router.table import CopyShare, PlacementTable, empty_table
 
 NUM_EXPERTS = 3
@@ -21,6 +23,10 @@ def hello(server_id: str, max_copies: int = 8) -> ServerHello:
 
 def shares(*server_ids: str) -> tuple[CopyShare, ...]:
     return tuple(CopyShare(server_id=server_id, share=1 / len(server_ids)) for server_id in server_ids)
+
+
+def load(key: Key, server_id: str, gain: float, reason: Reason = "load") -> Load:
+    return Load(key=key, server_id=server_id, reason=reason, gain=gain)
 
 
 def named(table: PlacementTable, key: Key) -> set[str]:
@@ -123,7 +129,7 @@ def two_servers_and_a_router() -> tuple[Fleet, Server, Server, Router]:
 
 def test_a_copy_enters_the_table_only_when_its_server_observed_it() -> None:
     fleet, a, _, _ = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.poll(fleet)
     assert a.assignment is not None
     assert a.assignment.copies == (KEYS[0],)
@@ -135,11 +141,11 @@ def test_a_copy_enters_the_table_only_when_its_server_observed_it() -> None:
 
 def test_a_move_keeps_the_old_copy_until_the_new_one_serves_and_routers_left_it() -> None:
     fleet, a, b, router = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.settle(fleet, 1.0)
     router.poll(fleet)
     router.in_use.append(router.table)
-    fleet.adopt({KEYS[0]: shares("b")}, KEYS, 2.0)
+    fleet.adopt({KEYS[0]: shares("b")}, (), 2.0)
     assert named(fleet.table, KEYS[0]) == {"a"}
     b.settle(fleet, 2.0)
     assert named(fleet.table, KEYS[0]) == {"b"}
@@ -155,9 +161,9 @@ def test_a_move_keeps_the_old_copy_until_the_new_one_serves_and_routers_left_it(
 
 def test_a_silent_router_does_not_hold_back_an_unload_forever() -> None:
     fleet, a, b, _ = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.settle(fleet, 1.0)
-    fleet.adopt({KEYS[0]: shares("b")}, KEYS, 2.0)
+    fleet.adopt({KEYS[0]: shares("b")}, (), 2.0)
     b.settle(fleet, 2.0)
     a.report(fleet, 4.0)
     b.report(fleet, 4.0)
@@ -169,7 +175,11 @@ def test_a_silent_router_does_not_hold_back_an_unload_forever() -> None:
 def test_loads_wait_for_free_bytes() -> None:
     fleet = make_fleet()
     fleet.register(hello("a", max_copies=2), held=frozenset(), highest_epoch=0, seq=1, now_s=0.0)
-    fleet.adopt({key: shares("a") for key in KEYS}, [KEYS[2], KEYS[0], KEYS[1]], 0.0)
+    fleet.adopt(
+        {key: shares("a") for key in KEYS},
+        [load(KEYS[2], "a", 0.9), load(KEYS[0], "a", 0.5), load(KEYS[1], "a", 0.1)],
+        0.0,
+    )
     first = fleet.assignment("a")
     assert first is not None
     assert first.copies == (KEYS[2], KEYS[0])
@@ -180,9 +190,79 @@ def test_loads_wait_for_free_bytes() -> None:
     assert second.version > first.version
 
 
+def copies_of(fleet: Fleet, server_id: str) -> set[Key]:
+    found = fleet.assignment(server_id)
+    assert found is not None
+    return set(found.copies)
+
+
+def test_a_byte_budget_spreads_loads_over_time_but_never_holds_back_a_missing_expert() -> None:
+    fleet = Fleet(num_experts=NUM_EXPERTS, expected_servers=2, copy_bytes=100, load_bytes_per_s=100.0)
+    for server_id in ("a", "b"):
+        fleet.register(hello(server_id), held=frozenset(), highest_epoch=0, seq=1, now_s=0.0)
+    loads = [load(KEYS[0], "a", 0.2), load(KEYS[1], "b", 0.4), load(KEYS[2], "a", 0.0, "missing")]
+    fleet.adopt({KEYS[0]: shares("a"), KEYS[1]: shares("b"), KEYS[2]: shares("a")}, loads, 0.0)
+    assert (copies_of(fleet, "a"), copies_of(fleet, "b")) == ({KEYS[2]}, {KEYS[1]})
+    fleet.expire(0.5)
+    assert copies_of(fleet, "a") == {KEYS[2]}
+    fleet.expire(1.1)
+    assert copies_of(fleet, "a") == {KEYS[0], KEYS[2]}
+
+
+def test_a_newer_plan_takes_back_what_no_server_has_finished() -> None:
+    fleet, a, b, router = two_servers_and_a_router()
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
+    a.settle(fleet, 1.0)
+    router.poll(fleet)
+    router.report(fleet, 1.0)
+    fleet.adopt({KEYS[0]: shares("b")}, (), 2.0)
+    assert copies_of(fleet, "b") == {KEYS[0]}
+    fleet.adopt({KEYS[0]: shares("a")}, (), 2.1)
+    assert copies_of(fleet, "b") == set()
+    b.settle(fleet, 2.2)
+    assert named(fleet.table, KEYS[0]) == {"a"}
+
+
+def test_an_assignment_says_who_else_holds_what_is_still_to_be_loaded() -> None:
+    fleet, a, b, _ = two_servers_and_a_router()
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
+    a.settle(fleet, 1.0)
+    fleet.adopt({KEYS[0]: shares("a", "b"), KEYS[1]: shares("b")}, (), 2.0)
+    found = fleet.assignment("b")
+    assert found is not None
+    assert found.sources == {KEYS[0]: ("a:1",)}
+    b.settle(fleet, 2.0)
+    assert fleet.assignment("b") == Assignment(version=found.version, copies=found.copies)
+
+
+def test_full_servers_that_wait_for_each_other_let_go_of_copies_that_others_hold() -> None:
+    fleet = make_fleet(expected_servers=3)
+    servers = [Server("a"), Server("b"), Server("c")]
+    for server in servers:
+        server.assignment = fleet.register(
+            hello(server.server_id, 2), held=frozenset(), highest_epoch=0, seq=1, now_s=0.0
+        )
+
+    def quiet(now_s: float) -> None:
+        for _ in range(4):
+            for server in servers:
+                server.settle(fleet, now_s)
+
+    x, y, z = KEYS
+    fleet.adopt({x: shares("a", "c"), y: shares("b", "c"), z: shares("a", "b")}, (), 0.0)
+    quiet(0.0)
+    wanted = {x: shares("b"), y: shares("a"), z: shares("a", "b")}
+    fleet.adopt(wanted, (), 1.0)
+    quiet(1.0)
+    assert dict(fleet.table.copies) != wanted  # a and b are full of what the other one waits for
+    quiet(1.1 + STUCK_S)
+    quiet(1.2 + STUCK_S)
+    assert dict(fleet.table.copies) == wanted
+
+
 def test_a_dead_servers_copies_leave_the_table_at_once() -> None:
     fleet, a, b, _ = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a", "b")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a", "b")}, (), 1.0)
     a.settle(fleet, 1.0)
     b.settle(fleet, 1.0)
     before = fleet.epoch
@@ -195,7 +275,7 @@ def test_a_dead_servers_copies_leave_the_table_at_once() -> None:
 
 def test_silence_is_death_and_a_heartbeat_afterwards_asks_to_register_again() -> None:
     fleet, a, b, _ = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.settle(fleet, 1.0)
     b.report(fleet, 4.0)
     assert fleet.expire(4.1) == ("a",)
@@ -206,11 +286,11 @@ def test_silence_is_death_and_a_heartbeat_afterwards_asks_to_register_again() ->
 
 def test_a_draining_server_is_released_only_when_others_took_over() -> None:
     fleet, a, b, router = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.settle(fleet, 1.0)
     router.poll(fleet)
     fleet.drain("a", 2.0)
-    fleet.adopt({KEYS[0]: shares("b")}, KEYS, 2.0)
+    fleet.adopt({KEYS[0]: shares("b")}, (), 2.0)
     a.poll(fleet)
     assert a.assignment is not None
     assert not a.assignment.released
@@ -226,7 +306,7 @@ def test_a_draining_server_is_released_only_when_others_took_over() -> None:
 
 def test_the_last_servers_and_a_closing_application_are_released_at_once() -> None:
     fleet, a, *_ = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.settle(fleet, 1.0)
     fleet.drain("a", 2.0)
     fleet.drain("b", 2.0)
@@ -243,7 +323,7 @@ def test_the_last_servers_and_a_closing_application_are_released_at_once() -> No
 
 def test_a_copy_that_fails_to_load_leaves_the_plan_and_is_blocked_for_a_while() -> None:
     fleet, a, b, _ = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.poll(fleet)
     assert a.assignment is not None
     a.seq += 1
@@ -263,7 +343,7 @@ def test_a_copy_that_fails_to_load_leaves_the_plan_and_is_blocked_for_a_while() 
 
 def test_a_restarted_fleet_waits_for_everyone_and_goes_above_every_epoch_in_use() -> None:
     old, a, b, router = two_servers_and_a_router()
-    old.adopt({KEYS[0]: shares("a"), KEYS[1]: shares("b")}, KEYS, 1.0)
+    old.adopt({KEYS[0]: shares("a"), KEYS[1]: shares("b")}, (), 1.0)
     a.settle(old, 1.0)
     b.settle(old, 1.0)
     router.poll(old)
@@ -293,14 +373,14 @@ def test_a_restarted_fleet_does_not_wait_for_the_dead() -> None:
 
 def test_a_copy_asked_for_again_counts_only_once_its_unload_is_over() -> None:
     fleet, a, b, router = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     a.settle(fleet, 1.0)
-    fleet.adopt({KEYS[0]: shares("b")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("b")}, (), 1.0)
     b.settle(fleet, 1.0)
     router.poll(fleet)
     router.report(fleet, 1.0)
     a.ask(fleet)  # the answer says: unload
-    fleet.adopt({KEYS[0]: shares("a", "b")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a", "b")}, (), 1.0)
     a.report(fleet, 1.0)
     assert named(fleet.table, KEYS[0]) == {"b"}, "a still holds it, but has an unload on its way"
     a.receive()
@@ -312,7 +392,7 @@ def test_a_copy_asked_for_again_counts_only_once_its_unload_is_over() -> None:
 
 def test_a_late_heartbeat_changes_nothing() -> None:
     fleet, a, *_ = two_servers_and_a_router()
-    fleet.adopt({KEYS[0]: shares("a")}, KEYS, 1.0)
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
     late = a.seq + 1
     a.seq += 1
     a.settle(fleet, 1.0)
@@ -335,10 +415,15 @@ class World:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.now_s = 0.0
-        self.fleet = make_fleet()
+        self.fleet = self.make_fleet()
         self.servers: dict[str, Server] = {}
         self.routers = [Router("r0"), Router("r1")]
         self.spawned = 0
+
+    def make_fleet(self) -> Fleet:
+        """One that may pace its loads: so many copies per second, of a hundred actions per second."""
+        pace = self.rng.choice([None, 20.0, 7.0])
+        return Fleet(num_experts=NUM_EXPERTS, dead_after_s=3.0, settle_s=2.0, copy_bytes=1, load_bytes_per_s=pace)
 
     def live_servers(self) -> list[Server]:
         return list(self.servers.values())
@@ -355,7 +440,8 @@ class World:
         elif action == "plan":
             ids = [held.server_id for held in self.live_servers()]
             target = {key: shares(*self.rng.sample(ids, self.rng.randint(1, min(2, len(ids))))) for key in KEYS if ids}
-            self.fleet.adopt(target, KEYS, self.now_s)
+            loads = [load(key, copy.server_id, self.rng.random()) for key in KEYS for copy in target.get(key, ())]
+            self.fleet.adopt(target, loads[self.rng.randint(0, 2) :], self.now_s)
         elif action == "batch":
             router.in_use.append(router.table)
         elif action == "done" and router.in_use:
@@ -365,7 +451,7 @@ class World:
         elif action == "fetch":
             router.poll(self.fleet)
         elif action == "restart":
-            self.fleet = make_fleet()
+            self.fleet = self.make_fleet()
             # The shells register by themselves; a restarted fleet publishes only when all it knows have spoken.
             for waiting in self.routers:
                 waiting.report(self.fleet, self.now_s)
@@ -440,8 +526,9 @@ def test_once_quiet_the_table_reaches_the_plan(seed: int, actions: list[str]) ->
         world.act(action)
     serving = [held.server_id for held in world.fleet.servers if not world.fleet.is_draining(held.server_id)]
     target = {key: shares(world.rng.choice(serving)) for key in KEYS}
-    world.fleet.adopt(target, KEYS, world.now_s)
+    world.fleet.adopt(target, (), world.now_s)
     for _ in range(4):
+        world.now_s += 0.5
         for server in world.live_servers():
             server.settle(world.fleet, world.now_s)
         for router in world.routers:

@@ -1,5 +1,6 @@
 """Rates from counters: a hot spot shows within a second, a pause is forgiven, restarts and strangers do not disturb."""
 
+import numpy as np
 import pytest
 
 from cluster.load import LoadWindow
@@ -73,3 +74,51 @@ def test_routers_add_up_and_the_forgotten_start_again() -> None:
     assert window.rates()[0, 0] == pytest.approx(5.0)
     window.count("r1", {("a", 0): 10**6}, 101.0)
     assert window.rates()[0, 0] == pytest.approx(5.0)
+
+
+def feed_noise(window: LoadWindow, rate_LE: np.ndarray, ticks: int, *, batch: int, seed: int = 0) -> list[np.ndarray]:
+    """Poisson batches of `batch` pairs; the rates after every tick."""
+    rng = np.random.default_rng(seed)
+    total_LE = np.zeros(rate_LE.shape, dtype=int)
+    found = []
+    for tick in range(ticks):
+        totals = {("ab"[row], expert): int(total_LE[row, expert]) for row in range(2) for expert in range(2)}
+        window.count("r", totals, tick * TICK_S)
+        window.judge(tick * TICK_S)
+        found.append(window.rates())
+        total_LE += batch * rng.poisson(rate_LE * TICK_S / batch)
+    return found
+
+
+@pytest.mark.parametrize(("batch", "most"), [(1, 0.05), (16, 0.25)])
+def test_noise_hardly_lifts_the_rates_above_the_truth(batch: int, most: float) -> None:
+    rate_LE = np.array([[10.0, 1000.0], [100.0, 300.0]])
+    found = feed_noise(make_window(), rate_LE, 800, batch=batch)
+    mean_LE = np.mean(found[100:], axis=0)
+    assert (np.abs(mean_LE / rate_LE - 1) < most).all(), mean_LE
+
+
+def test_a_forecast_of_steady_load_is_as_good_as_the_noise_allows() -> None:
+    window = make_window()
+    rate_LE = np.array([[100.0, 1000.0], [100.0, 300.0]])
+    feed_noise(window, rate_LE, 200, batch=1)
+    steady = window.forecast
+    assert steady is not None
+    assert steady.error < 3 * steady.noise
+    assert steady.predicted == pytest.approx(1500, rel=0.1)
+    assert steady.actual == pytest.approx(1500, rel=0.15)
+
+
+def test_a_shift_of_the_load_shows_as_an_error_of_the_forecast() -> None:
+    window = make_window()
+    now_s, total = 0.0, {("a", 0): 0, ("a", 1): 0}
+    errors = []
+    for tick in range(48):
+        window.count("r", dict(total), now_s)
+        window.judge(now_s)
+        if window.forecast is not None:
+            errors.append(window.forecast.error)
+        total[("a", int(tick >= 24))] += 250
+        now_s += TICK_S
+    assert max(errors) == pytest.approx(2.0, abs=0.3)  # all of it somewhere else
+    assert errors[20] < 0.2

@@ -1,0 +1,117 @@
+"""Loads that are planned but not asked for yet: whose turn it is, and how many bytes may move per second.
+
+What has no live copy comes first and is never held back. Loads that only make things better wait for their share of
+a byte budget, over the whole fleet: weights that move compete with requests for memory, disks and links. Among them
+the order is: what leaving servers hold alone, then balance and survival by their gain.
+
+A newer plan overtakes: a load that has not been asked for is simply forgotten.
+"""
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.messages import Key
+from cluster.planner import Load
+
+_URGENCY = {"missing": 0, "drain": 1, "load": 2, "survival": 3}
+_BURST_S = 0.1  # so much of the budget may be saved up while nothing moves
+
+_Turn = tuple[int, float, int]  # urgency, minus gain, order of arrival
+
+
+@dataclass(slots=True)
+class _Line:
+    """The loads that wait for one server. The heap may hold turns that were given up or changed since."""
+
+    turns: dict[Key, _Turn] = field(default_factory=dict)
+    heap: list[tuple[_Turn, Key]] = field(default_factory=list)
+
+    def first(self) -> tuple[_Turn, Key] | None:
+        while self.heap and self.turns.get(self.heap[0][1]) != self.heap[0][0]:
+            heapq.heappop(self.heap)
+        return self.heap[0] if self.heap else None
+
+
+class LoadQueue:
+    """See the module docstring. Time is an argument.
+
+    Args:
+        bytes_per_s: budget of all loads but those of missing experts; None: no limit.
+    """
+
+    def __init__(self, bytes_per_s: float | None = None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lines: dict[str, _Line] = {}
+        self._count = 0
+        self._credit = 0.0  # bytes that may move now; negative after a load larger than what was saved up
+        self._at_s: float | None = None
+
+    def __len__(self) -> int:
+        return sum(len(line.turns) for line in self._lines.values())
+
+    def waiting(self, server_id: str) -> int:
+        """Loads that wait for this server."""
+        line = self._lines.get(server_id)
+        return len(line.turns) if line else 0
+
+    def add(self, load: Load) -> None:
+        """Queue a load, or change the turn of one that waits."""
+        self._count += 1
+        turn = (_URGENCY[load.reason], -load.gain, self._count)
+        line = self._lines.setdefault(load.server_id, _Line())
+        line.turns[load.key] = turn
+        heapq.heappush(line.heap, (turn, load.key))
+
+    def discard(self, key: Key, server_id: str) -> None:
+        """A newer plan does without this load."""
+        if server_id in self._lines:
+            self._lines[server_id].turns.pop(key, None)
+
+    def drop_server(self, server_id: str) -> None:
+        """The server is gone."""
+        self._lines.pop(server_id, None)
+
+    def take(self, room: Mapping[str, int], copy_bytes: int, now_s: float) -> list[tuple[str, Key]]:
+        """The loads whose turn it is, as (server id, key), most urgent first.
+
+        Args:
+            room: copies each server can take now.
+            copy_bytes: of one copy.
+        """
+        self._refill(now_s)
+        left = dict(room)
+        heads: list[tuple[_Turn, str]] = []
+        for server_id in self._lines:
+            self._push_head(heads, server_id, left)
+        taken: list[tuple[str, Key]] = []
+        while heads:
+            (urgency, *_), server_id = heapq.heappop(heads)
+            if urgency and self._credit <= 0:
+                continue  # another server's first load may be urgent
+            line = self._lines[server_id]
+            _, key = heapq.heappop(line.heap)
+            del line.turns[key]
+            left[server_id] -= 1
+            if urgency:
+                self._credit -= copy_bytes
+            taken.append((server_id, key))
+            self._push_head(heads, server_id, left)
+        return taken
+
+    def _push_head(self, heads: list[tuple[_Turn, str]], server_id: str, left: Mapping[str, int]) -> None:
+        first = self._lines[server_id].first()
+        if first is not None and left.get(server_id, 0) > 0:
+            heapq.heappush(heads, (first[0], server_id))
+
+    def _refill(self, now_s: float) -> None:
+        if self._bytes_per_s is None:
+            self._credit = math.inf
+            return
+        burst = max(1.0, self._bytes_per_s * _BURST_S)
+        if self._at_s is None:
+            self._credit = burst
+        elif now_s > self._at_s:
+            self._credit = min(self._credit + (now_s - self._at_s) * self._bytes_per_s, burst)
+        self._at_s = max(now_s, self._at_s or now_s)
