@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 from cluster.loads import LoadQueue
 from cluster.members import Router, Server
 from cluster.messages import Assignment, Key, ServerHello
-from cluster.planner import Load
+from cluster.routable import routable
+from cluster.steps import Load
 from router.table import CopyShare, PlacementTable, ServerAddress, empty_table
 
 
@@ -63,6 +64,7 @@ class Fleet:
         self._table = empty_table(num_experts)
         self._dirty: set[Key] = set()
         self._closing = False
+        self._overtaken = 0
 
     # What the outside reads.
 
@@ -101,6 +103,20 @@ class Fleet:
     def blocked(self) -> frozenset[tuple[Key, str]]:
         """Copies that lately failed to load, not to be planned there."""
         return frozenset((key, sid) for sid, server in self._servers.items() for key in server.failed)
+
+    @property
+    def outstanding(self) -> int:
+        """Copies that are planned or asked for and not observed."""
+        return len(self._queue) + sum(server.loading for server in self._servers.values())
+
+    def loading(self, server_id: str) -> int:
+        """Copies a server was asked for and has not reported."""
+        return self._servers[server_id].loading
+
+    def pop_overtaken(self) -> int:
+        """Loads that newer plans made needless before they were done, since the last call."""
+        count, self._overtaken = self._overtaken, 0
+        return count
 
     def is_draining(self, server_id: str) -> bool:
         return self._servers[server_id].draining
@@ -231,7 +247,7 @@ class Fleet:
         for key in sorted(changed):
             wanted = {copy.server_id for copy in self._target.get(key, ())}
             for server_id in {copy.server_id for copy in old.get(key, ())} - wanted:
-                self._queue.discard(key, server_id)
+                self._overtaken += self._queue.discard(key, server_id)
             for server_id in sorted(wanted - self._requested.get(key, set())):
                 self._queue.add(known.get((key, server_id)) or Load(key=key, server_id=server_id, reason="missing"))
         self._dirty |= changed
@@ -273,8 +289,11 @@ class Fleet:
 
     def _publish(self) -> None:
         old, dirty, self._dirty = self._table.copies, self._dirty, set()
-        routable = {key: self._routable(key) for key in dirty}  # rule 1
-        changes = {key: copies for key, copies in routable.items() if copies != old.get(key, ())}
+        stuck = {server_id for server_id, server in self._servers.items() if server.lets_go}
+        named = {  # rule 1
+            key: routable(self._target.get(key, ()), self._holders.get(key, set()), stuck) for key in dirty
+        }
+        changes = {key: copies for key, copies in named.items() if copies != old.get(key, ())}
         listed = {server.server_id for server in self._table.servers}
         if changes or listed != self._servers.keys() or self._table.epoch <= self._floor:
             self._table = PlacementTable(
@@ -286,7 +305,7 @@ class Fleet:
                 copies={key: copies for key, copies in {**old, **changes}.items() if copies},
                 num_experts=self._table.num_experts,
             )
-        for key, copies in routable.items():
+        for key, copies in named.items():
             kept = {copy.server_id for copy in (*copies, *self._target.get(key, ()))}
             for server_id in self._requested.get(key, set()):
                 if server_id in kept:
@@ -294,26 +313,8 @@ class Fleet:
                 else:
                     server = self._servers[server_id]
                     # What was never observed is in no table: a newer plan takes it back at once.
+                    self._overtaken += key not in server.live and key not in server.retiring
                     server.retiring.setdefault(key, self._table.epoch if key in server.live else 0)
-
-    def _routable(self, key: Key) -> tuple[CopyShare, ...]:
-        """The observed copies the table should name: the target's, plus the old ones while any of it is missing."""
-        live = self._holders.get(key, set())
-        target = self._target.get(key, ())
-        chosen = [copy for copy in target if copy.server_id in live]
-        if len(chosen) < len(target) or not target:
-            others = self._worth_keeping(sorted(live - {copy.server_id for copy in target}), needed=not chosen)
-            left = 1 - sum(copy.share for copy in chosen)
-            chosen += [CopyShare(server_id=other, share=max(left, 0.01) / len(others)) for other in others]
-        total = sum(copy.share for copy in chosen)
-        if not chosen or abs(total - 1) < 1e-9:
-            return tuple(chosen)
-        return tuple(CopyShare(server_id=copy.server_id, share=copy.share / total) for copy in chosen)
-
-    def _worth_keeping(self, others: list[str], *, needed: bool) -> list[str]:
-        """Old copies, without those that keep stuck servers from loading; `needed`: one has to stay."""
-        free = [other for other in others if not self._servers[other].lets_go]
-        return free or (others[:1] if needed else [])
 
     def _unassign(self, server: Server, oldest: float) -> None:
         drop = [key for key, epoch in server.retiring.items() if epoch <= oldest]  # rule 2

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.messages import Key
-from cluster.planner import Load
+from cluster.steps import Load
 
 _URGENCY = {"missing": 0, "drain": 1, "load": 2, "survival": 3}
 _BURST_S = 0.1  # so much of the budget may be saved up while nothing moves
@@ -64,10 +64,10 @@ class LoadQueue:
         line.turns[load.key] = turn
         heapq.heappush(line.heap, (turn, load.key))
 
-    def discard(self, key: Key, server_id: str) -> None:
-        """A newer plan does without this load."""
-        if server_id in self._lines:
-            self._lines[server_id].turns.pop(key, None)
+    def discard(self, key: Key, server_id: str) -> bool:
+        """A newer plan does without this load. False: it did not wait."""
+        line = self._lines.get(server_id)
+        return line is not None and line.turns.pop(key, None) is not None
 
     def drop_server(self, server_id: str) -> None:
         """The server is gone."""

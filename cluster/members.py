@@ -27,10 +27,14 @@ class Server:
     _full_since_s: float | None = None
 
     @property
+    def loading(self) -> int:
+        """Copies it was asked for and has not reported."""
+        return len(self.assigned) - len(self.live)
+
+    @property
     def room(self) -> int:
         """Loads it can be asked for now."""
-        loading = len(self.assigned) - len(self.live)
-        return min(self.hello.max_copies - len(self.assigned), MAX_AHEAD - loading)
+        return min(self.hello.max_copies - len(self.assigned), MAX_AHEAD - self.loading)
 
     def look_stuck(self, waiting: int, now_s: float) -> bool:
         """Judge `lets_go` from the loads that wait for this server; True if it became so just now."""

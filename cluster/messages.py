@@ -17,6 +17,7 @@ class ServerHello:
     max_copies: int  # what fits into its byte budget
     speed: float = 1.0  # relative to its peers
     draining: bool = False
+    pool: str = "default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

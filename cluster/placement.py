@@ -8,21 +8,26 @@ import asyncio
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import numpy as np
+import numpy.typing as npt
 import ray
 
 from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
+from cluster.journal import Journal
 from cluster.load import LoadWindow
 from cluster.messages import Assignment, Key, RouterBeat, ServerBeat, ServerHello, ServerReply
-from cluster.planner import Load, Plan, PlannerInput, PlannerServer, Unload, plan
+from cluster.metrics import Metrics
+from cluster.overview import copies_by_count, demand_line, hottest, layer_balance, router_lines, server_line
+from cluster.planner import PlannerInput, PlannerServer, plan
 from cluster.pulling import log_to_serve
+from cluster.steps import Load
 from protos import expert_pb2
 from protos.checkpoint import read_model
 from protos.services import CHANNEL_OPTIONS, status_method
@@ -31,8 +36,7 @@ from router.table import PlacementTable
 log = logging.getLogger("expertmesh.placement")
 
 PROBE_TIMEOUT_S = 0.5
-MAX_EVENTS = 300
-MAX_HOT = 24
+METRICS_S = 1.0
 
 
 class Placement:
@@ -52,14 +56,17 @@ class Placement:
             expected_servers=config.experts.min_servers,
             dead_after_s=knobs.dead_after_s,
             settle_s=knobs.settle_s,
+            load_bytes_per_s=knobs.load_bytes_per_s,
         )
         self._window = LoadWindow(spec.layers, spec.num_experts, rise_s=knobs.load_rise_s, fall_s=knobs.load_fall_s)
         self._beats: dict[str, ServerBeat] = {}
         self._routers: dict[str, RouterBeat] = {}
-        self._copy_bytes = 0  # of one expert, as servers report it
         self._missing: tuple[Key, ...] = ()
         self._wanted_copies = 0
-        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._mass_at_risk = 0.0
+        self._metrics = Metrics(config.name)
+        self._journal = Journal(self._metrics)
+        self._measured_s = 0.0  # when the metrics were last set
         self._news = asyncio.Event()  # replaced at every change: what long polls wait for
         self._replan = asyncio.Event()
         self._probing: set[str] = set()
@@ -72,7 +79,7 @@ class Placement:
         self, hello: ServerHello, held: frozenset[Key], highest_epoch: int, seq: int, copy_bytes: int
     ) -> Assignment:
         """A server process joins, or comes back."""
-        self._copy_bytes = max(self._copy_bytes, copy_bytes)
+        self._fleet.copy_bytes = max(self._fleet.copy_bytes, copy_bytes)
         with self._acting(replan=True):
             found = self._fleet.register(hello, held=held, highest_epoch=highest_epoch, seq=seq, now_s=time.monotonic())
         self._note("server_joined", f"{hello.server_id} on {hello.node}, holding {len(held)} copies")
@@ -153,16 +160,13 @@ class Placement:
 
     async def status(self) -> dict[str, Any]:
         """The cluster as `expertmesh status` shows it. Plain values."""
-        fleet, table = self._fleet, self._fleet.table
+        fleet, spec = self._fleet, self._spec
         routers = [beat for router_id, beat in self._routers.items() if router_id in fleet.routers]
-        rate_LE = self._window.rates()
-        order = rate_LE.argsort(axis=None)[::-1][:MAX_HOT]
-        hot = [(self._spec.layers[i // self._spec.num_experts], int(i % self._spec.num_experts)) for i in order]
-        everything = [(layer, expert) for layer in self._spec.layers for expert in range(self._spec.num_experts)]
+        load_LE = self._window.rates()
         return {
             "model": self._config.model,
             "name": self._config.name,
-            "epoch": table.epoch,
+            "epoch": fleet.epoch,
             "settled": fleet.settled,
             "placement": {"node": ray.get_runtime_context().get_node_id()[-8:], "pid": os.getpid()},
             "router": {
@@ -170,32 +174,16 @@ class Placement:
                 "http": f"{_host_of(routers[0].address) if routers else self._config.router.host}:"
                 f"{self._config.router.http_port}",
             },
-            "routers": [
-                {"id": beat.router_id, "node": beat.node, "pid": beat.pid, "grpc": beat.address, "epoch": beat.epoch}
-                for beat in routers
-            ],
-            "servers": [self._server_status(hello) for hello in fleet.servers],
-            "experts": [
-                {
-                    "layer": layer,
-                    "expert": expert,
-                    "copies": len(table.copies.get((layer, expert), ())),
-                    "pairs_per_s": float(rate),
-                }
-                for (layer, expert), rate in zip(hot, rate_LE.ravel()[order], strict=True)
-            ],
-            "single_copy_experts": [list(key) for key in everything if len(table.copies.get(key, ())) == 1],
-            "missing_experts": [list(key) for key in everything if not table.copies.get(key)],
-            "demand": {
-                "pairs_per_s": float(rate_LE.sum()),
-                "tokens_per_s": sum(beat.tokens_per_s for beat in routers),
-                "p50_s": max((beat.p50_s for beat in routers), default=0.0),
-                "p99_s": max((beat.p99_s for beat in routers), default=0.0),
-                "totals": {
-                    name: sum(beat.totals[name] for beat in routers) for name in (routers[0].totals if routers else ())
-                },
-            },
-            "events": list(self._events),
+            "routers": router_lines(routers),
+            "servers": self._server_lines(),
+            "experts": hottest(spec, fleet.table, load_LE),
+            "single_copy_experts": copies_by_count(spec, fleet, 1),
+            "missing_experts": copies_by_count(spec, fleet, 0),
+            "mass_at_risk": self._mass_at_risk,
+            "outstanding_copies": fleet.outstanding,
+            "balancedness": self._balance(load_LE),
+            "demand": demand_line(routers, load_LE, self._window.forecast),
+            "events": list(self._journal.events),
         }
 
     async def close(self) -> None:
@@ -240,6 +228,7 @@ class Placement:
             self._note("server_lost", f"{server_id}: silent for {self._knobs.dead_after_s} s")
         alive = set(self._fleet.routers)
         self._window.forget(alive)
+        self._measure(now_s)
         self._routers = {router_id: beat for router_id, beat in self._routers.items() if router_id in alive}
         if not self._fleet.settled:
             return
@@ -250,9 +239,9 @@ class Placement:
             self._note("memory", f"{len(found.missing)} experts have no place within the servers' budgets")
         if found.steps:
             with self._acting():
-                loads = [step.key for step in found.steps if isinstance(step, Load)]
+                loads = [step for step in found.steps if isinstance(step, Load)]
                 self._fleet.adopt(found.copies, loads, time.monotonic())
-            self._note_plan(found)
+            self._journal.planned(found, self._fleet.copy_bytes, self._fleet.epoch, now_s)
 
     def _planner_input(self) -> PlannerInput:
         knobs = self._knobs
@@ -283,7 +272,7 @@ class Placement:
 
     def _needed_bytes(self) -> int:
         experts = len(self._spec.layers) * self._spec.num_experts
-        return (experts * self._knobs.min_copies + self._wanted_copies) * self._copy_bytes
+        return (experts * self._knobs.min_copies + self._wanted_copies) * self._fleet.copy_bytes
 
     async def _probe(self, hello: ServerHello) -> bool:
         """Whether that very process still answers. One that only hangs counts as gone once it also missed beats."""
@@ -306,21 +295,48 @@ class Placement:
     def _hello(self, server_id: str) -> ServerHello | None:
         return next((hello for hello in self._fleet.servers if hello.server_id == server_id), None)
 
-    def _server_status(self, hello: ServerHello) -> dict[str, Any]:
-        beat = self._beats.get(hello.server_id)
-        return {
-            "id": hello.server_id,
-            "node": hello.node,
-            "pid": hello.pid,
-            "grpc": hello.address,
-            "state": "draining" if self._fleet.is_draining(hello.server_id) else "serving",
-            "copies": len(beat.held) if beat else 0,
-            "bytes": beat.bytes if beat else 0,
-            "budget_bytes": beat.budget_bytes if beat else 0,
-            "queue_tokens": beat.queue_tokens if beat else 0,
-            "busy": beat.busy_share if beat else 0.0,
-            "pairs_per_s": beat.pairs_per_s if beat else 0.0,
+    def _server_lines(self) -> list[dict[str, Any]]:
+        return [
+            server_line(
+                hello,
+                self._beats.get(hello.server_id),
+                draining=self._fleet.is_draining(hello.server_id),
+                loading=self._fleet.loading(hello.server_id),
+            )
+            for hello in self._fleet.servers
+        ]
+
+    def _balance(self, load_LE: npt.NDArray[np.float64]) -> dict[str, float]:
+        speeds = {
+            hello.server_id: hello.speed
+            for hello in self._fleet.servers
+            if not self._fleet.is_draining(hello.server_id)
         }
+        return layer_balance(self._fleet.table, self._spec.layers, load_LE, speeds)
+
+    def _measure(self, now_s: float) -> None:
+        """Set the metrics, once in METRICS_S."""
+        self._window.judge(now_s)
+        if now_s - self._measured_s < METRICS_S:
+            return
+        self._measured_s = now_s
+        fleet, load_LE = self._fleet, self._window.rates()
+        copies = [len(held) for held in fleet.table.copies.values()]
+        self._metrics.placement(
+            epoch=fleet.epoch,
+            outstanding=fleet.outstanding,
+            single=copies.count(1),
+            missing=load_LE.size - len(copies) + copies.count(0),
+            at_risk=self._mass_at_risk,
+            demand=float(load_LE.sum()),
+        )
+        self._metrics.balance(self._balance(load_LE))
+        self._metrics.experts(
+            (found["layer"], found["expert"], found["pairs_per_s"], found["copies"])
+            for found in hottest(self._spec, fleet.table, load_LE)
+        )
+        self._metrics.servers(self._server_lines())
+        self._metrics.forecast(self._window.forecast)
 
     @contextmanager
     def _acting(self, *, replan: bool = False) -> Iterator[None]:
@@ -330,6 +346,9 @@ class Placement:
         if self._fleet.revision != revision:
             news, self._news = self._news, asyncio.Event()
             news.set()
+            self._journal.progress(
+                self._fleet.outstanding, self._fleet.pop_overtaken(), self._fleet.epoch, time.monotonic()
+            )
         if replan or self._fleet.settled != settled:
             self._replan.set()
 
@@ -341,16 +360,8 @@ class Placement:
         except TimeoutError:
             pass
 
-    def _note_plan(self, found: Plan) -> None:
-        loads = [f"{step.key[0]}/{step.key[1]} to {step.server_id}" for step in found.steps if isinstance(step, Load)]
-        unloads = sum(isinstance(step, Unload) for step in found.steps)
-        if loads or unloads:
-            shown = f" ({', '.join(loads[:4])}{', ...' if len(loads) > 4 else ''})" if loads else ""
-            self._note("plan", f"{len(loads)} loads{shown}, {unloads} unloads")
-
     def _note(self, kind: str, detail: str) -> None:
-        log.info("%s: %s", kind, detail)
-        self._events.append({"at_s": time.time(), "epoch": self._fleet.epoch, "kind": kind, "detail": detail})
+        self._journal.note(kind, detail, self._fleet.epoch)
 
 
 def _host_of(address: str) -> str:

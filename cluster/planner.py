@@ -20,12 +20,12 @@ Shapes: L layers, E experts, S servers that may hold copies.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.messages import Key
+from cluster.steps import Load, Reshare, Step, Unload
 from router.table import CopyShare
 
 _MIN_SHARE = 0.02  # of one copy, so that it stays warm and its speed known
@@ -73,34 +73,6 @@ class PlannerInput:
     cool_factor: float = 1.2
     imbalance: float = 1.2
     min_pairs_per_s: float = 50.0
-
-
-Reason = Literal["missing", "drain", "load", "survival"]  # why a copy comes or goes, most urgent first
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """A copy to load. `gain`: the share of its layer's load that the most loaded server is relieved of."""
-
-    key: Key
-    server_id: str
-    reason: Reason = "load"
-    gain: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unload:
-    key: Key
-    server_id: str
-    reason: Reason = "load"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reshare:
-    key: Key
-
-
-Step = Load | Unload | Reshare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.fleet import Fleet
 from cluster.members import STUCK_S
 from cluster.messages import Assignment, Key, ServerHello
-from cluster.planner import Load, Reason
+from cluster.steps import Load, Reason
 from router.table import CopyShare, PlacementTable, empty_table
 
 NUM_EXPERTS = 3

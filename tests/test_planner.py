@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.messages import Key
-from cluster.planner import Load, Plan, PlannerInput, PlannerServer, Reshare, Unload, balancedness, plan
+from cluster.planner import Plan, PlannerInput, PlannerServer, balancedness, plan
+from cluster.steps import Load, Reshare, Unload
 from router.table import CopyShare
 
 Copies = Mapping[Key, tuple[CopyShare, ...]]
