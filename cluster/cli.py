@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ from cluster.cli_load import load
 from cluster.cli_options import Json, Model, Router, StateDir, check_address, read_named_model
 from cluster.cli_plan import plan
 from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, note, output
+from cluster.status_view import status_lines
 
 if TYPE_CHECKING:
     from experts.packed import WeightDtype
@@ -157,7 +158,7 @@ def up(
         wanted = run_cluster.read_config(config, model=model, servers=servers)
         found = run_cluster.up(wanted, address=address, folder=folder, on_progress=note)
         out.document(found)
-        for line in _status_lines(found):
+        for line in status_lines(found):
             out.line(line)
         if detach:
             return
@@ -177,7 +178,7 @@ def status(*, as_json: Json = False, state_dir: StateDir = None) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         found = find_status(_state_dir(state_dir))
         out.document(found)
-        for line in _status_lines(found):
+        for line in status_lines(found):
             out.line(line)
 
 
@@ -270,24 +271,6 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _status_lines(found: dict[str, Any]) -> list[str]:
-    servers = found["servers"]
-    lines = [
-        f"model   {found['model']}",
-        f"router  grpc {found['router']['grpc']}, http {found['router']['http']}, epoch {found['epoch']}",
-    ]
-    lines += [
-        f"server  {server['id']}  {server['grpc']}  node {server['node']}  pid {server['pid']}  {server['state']}, "
-        f"{server['copies']} copies, {server['bytes'] / 2**20:,.0f} of {server['budget_bytes'] / 2**20:,.0f} MiB, "
-        f"queue {server['queue_tokens']}, busy {server['busy']:.0%}"
-        for server in servers
-    ]
-    lines.append(
-        f"experts {len(found['single_copy_experts'])} with a single live copy, {len(found['missing_experts'])} without"
-    )
-    return lines
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,11 @@ class Placement:
                 known_servers=beat.known_servers,
                 now_s=time.monotonic(),
             )
+        before = self._routers.get(beat.router_id)
         self._window.count(beat.router_id, beat.demand, time.monotonic())
         self._routers[beat.router_id] = beat
+        if before is not None and self._asks_for_absent(before.demand, beat.demand):
+            self._replan.set()
 
     async def poll_table(self, epoch: int, timeout_s: float) -> PlacementTable | None:
         """The table as soon as it is newer than `epoch`; None if it is not within the time."""
@@ -245,13 +248,17 @@ class Placement:
 
     def _planner_input(self) -> PlannerInput:
         knobs = self._knobs
+        # Copies change places through a free slot: without one, two full servers would wait for each other.
+        needed = len(self._spec.layers) * self._spec.num_experts * max(knobs.min_copies, 1)
+        staying = [hello for hello in self._fleet.servers if not self._fleet.is_draining(hello.server_id)]
+        slot = int(sum(hello.max_copies - 1 for hello in staying) >= needed)
         return PlannerInput(
             layers=self._spec.layers,
             load_LE=self._window.rates(),
             servers=tuple(
                 PlannerServer(
                     server_id=hello.server_id,
-                    max_copies=hello.max_copies,
+                    max_copies=hello.max_copies - slot,
                     speed=hello.speed,
                     draining=self._fleet.is_draining(hello.server_id),
                 )
@@ -269,6 +276,13 @@ class Placement:
         )
 
     # ------------------------------------------------------------------ parts
+
+    def _asks_for_absent(self, before: Mapping[Key, int], after: Mapping[Key, int]) -> bool:
+        """Whether experts without a live copy were asked for between two reports."""
+        held = self._fleet.table.copies
+        if len(held) == len(self._spec.layers) * self._spec.num_experts:
+            return False
+        return any(key not in held and pairs > before.get(key, 0) for key, pairs in after.items())
 
     def _needed_bytes(self) -> int:
         experts = len(self._spec.layers) * self._spec.num_experts

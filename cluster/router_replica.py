@@ -52,10 +52,12 @@ class RouterReplica:
             spec,
             config.router.settings,
             on_server_lost=self._on_server_lost,
+            on_absent=self._on_absent,
             weight_dtype=config.experts.settings.weight_dtype,
         )
         self._server.start(config.router.host, config.router.port)
         self._beat_now = asyncio.Event()
+        self._absent = False  # a request waits for an expert that no server holds: its demand is news
         self._lost: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
         self._tasks = [self._loop.create_task(forever(step)) for step in (self._beat, self._poll, self._report_lost)]
 
@@ -99,8 +101,9 @@ class RouterReplica:
         if self._beat_now.is_set():
             self._beat_now.clear()
             end_s = self._loop.time() + self._config.placement.heartbeat_s
-            while self._server.oldest_epoch < self._table.epoch and self._loop.time() < end_s:
+            while self._server.oldest_epoch < self._table.epoch and self._loop.time() < end_s and not self._absent:
                 await asyncio.sleep(ACK_POLL_S)
+        self._absent = False
         report = self._server.report()
         beat = RouterBeat(
             router_id=self._id,
@@ -139,6 +142,15 @@ class RouterReplica:
     async def _report_lost(self) -> None:
         server_id, reason = await self._lost.get()
         await answer(self._placement.report_lost.remote(server_id, reason))
+
+    def _on_absent(self) -> None:
+        """Called on the router's own loop."""
+
+        def report() -> None:
+            self._absent = True
+            self._beat_now.set()
+
+        self._loop.call_soon_threadsafe(report)
 
     def _on_server_lost(self, server_id: str, reason: str) -> None:
         """Called on the router's own loop."""

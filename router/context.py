@@ -25,7 +25,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerContext:
-    """One router's model, settings, placement and streams; `count_demand(layer, pairs_E)` feeds its load report."""
+    """One router's model, settings, placement and streams; `count_demand(layer, pairs_E)` feeds its load report.
+
+    `on_absent()` is called when a batch has to wait for experts without a live copy.
+    """
 
     spec: ModelSpec
     config: RouterConfig
@@ -36,6 +39,7 @@ class LayerContext:
     transport: Transport
     rng: np.random.Generator
     count_demand: Callable[[str, npt.NDArray[np.int64]], None]
+    on_absent: Callable[[], None]
     compute_thread: Executor
 
     async def compute(self, function: Callable[[], R], *, flops: int) -> R:

@@ -65,6 +65,7 @@ class Router:
         spec: the model; its gates and shared experts are read here.
         config: see RouterConfig.
         on_server_lost: called on the loop with (server_id, reason) when a server stops answering.
+        on_absent: called on the loop when a batch has to wait for experts without a live copy.
 
     Raises:
         CorruptWeights: gates or shared experts cannot be read.
@@ -72,7 +73,12 @@ class Router:
     """
 
     def __init__(
-        self, spec: ModelSpec, config: RouterConfig, *, on_server_lost: Callable[[str, str], None] | None = None
+        self,
+        spec: ModelSpec,
+        config: RouterConfig,
+        *,
+        on_server_lost: Callable[[str, str], None] | None = None,
+        on_absent: Callable[[], None] | None = None,
     ) -> None:
         self.spec = spec
         self.config = config
@@ -90,6 +96,7 @@ class Router:
         if config.overflow.renormalize and any(block.form.weighs_input for block in spec.blocks.values()):
             raise InvalidRequest(_CANNOT_RENORMALIZE.format(family=spec.family))
         self._on_server_lost = on_server_lost or (lambda server_id, reason: None)
+        self._on_absent = on_absent or (lambda: None)
         self._demand = {layer: np.zeros(spec.num_experts, dtype=np.int64) for layer in spec.layers}
         self._totals = LedgerTotals()
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=16384)  # (answered at, took, tokens)
@@ -116,6 +123,7 @@ class Router:
             transport=self._transport,
             rng=np.random.default_rng(),
             count_demand=self._count_demand,
+            on_absent=self._on_absent,
             compute_thread=self._compute_thread,
         )
 

@@ -276,6 +276,8 @@ class Exchange:
         self._send(pairs_P[state_P == PairState.REROUTED])
         if unavailable:
             self._absent = np.union1d(self._absent, pairs_P[state_P == PairState.ABSENT])
+            if len(self._absent):
+                self._context.on_absent()
         waiting_P: IndexArray = pairs_P[state_P == PairState.WAITED]
         return waiting_P
 

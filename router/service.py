@@ -69,11 +69,12 @@ class RouterServer:
         config: RouterConfig,
         *,
         on_server_lost: Callable[[str, str], None] | None = None,
+        on_absent: Callable[[], None] | None = None,
         weight_dtype: str = "compute",
     ) -> None:
         self.address = ""
         self._weight_dtype = weight_dtype
-        self._router = Router(spec, config, on_server_lost=on_server_lost)
+        self._router = Router(spec, config, on_server_lost=on_server_lost, on_absent=on_absent)
         self._loop = LoopThread("expertmesh-router")
         self._server: grpc.aio.Server | None = None
         self._checks: HealthServicer | None = None
