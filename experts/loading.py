@@ -1,6 +1,6 @@
 """Loading, on a thread that steps back behind those that serve: a copy is read, run once, and only then visible."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ class CopyLoader:
 
     Args:
         shard: where they go.
+        is_busy: whether requests wait or run on this server: what comes from peers lets them go first.
     """
 
-    def __init__(self, shard: ExpertShard) -> None:
+    def __init__(self, shard: ExpertShard, is_busy: Callable[[], bool]) -> None:
         self._shard = shard
-        self._sources = CopySources(shard)
+        self._sources = CopySources(shard, is_busy)
         self._thread = background_executor("expertmesh-loading")
         self._stopped = False
 

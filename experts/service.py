@@ -77,9 +77,9 @@ class ExpertServer:
         )
         packed = None if config.weight_dtype == "compute" else config.weight_dtype
         self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes, packed)
-        self._loader = CopyLoader(self._shard)
         self._batcher: Batcher[_Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
-        self._sender = CopySender(self._shard, is_busy=lambda: self._batcher.queue_tokens > 0)
+        self._loader = CopyLoader(self._shard, self._is_busy)
+        self._sender = CopySender(self._shard, self._is_busy)
         self._pacer = Pacer(config.emulated_tokens_per_s)
         self._busy = BusyMeter()
         self._launch_cost = LaunchCost()
@@ -224,6 +224,9 @@ class ExpertServer:
             self._pump()
         except Exception as err:
             self._refuse(stream, call_id, err)
+
+    def _is_busy(self) -> bool:
+        return self._batcher.queue_tokens > 0
 
     def _check(self, head: expert_pb2.ComputeRequest, payload: memoryview) -> _Work:
         """Decode the arrays of a request and check every one of its fields."""

@@ -7,7 +7,7 @@ Copies that are packed in memory come from a peer before the page cache: packing
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,10 +49,10 @@ class SourceTotals:
 class CopySources:
     """Reads copies for one server. Lives on one thread; `totals` may be read from any."""
 
-    def __init__(self, shard: ExpertShard) -> None:
+    def __init__(self, shard: ExpertShard, is_busy: Callable[[], bool]) -> None:
         self.totals: Mapping[Source, SourceTotals] = {source: SourceTotals() for source in SOURCES}
         self._shard = shard
-        self._peers = PeerClient(shard)
+        self._peers = PeerClient(shard, is_busy)
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._avoid_until_s: dict[str, float] = {}
 

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import uvloop
 
 T = TypeVar("T")
 
-BACKGROUND_NICE = 10  # of loading threads, beside 0 of those that serve
+BACKGROUND_NICE = 10  # by which loading threads step back behind those that serve
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -82,7 +83,15 @@ def background_executor(name: str) -> ThreadPoolExecutor:
 def _step_back() -> None:
     limit_torch_threads(1)
     if sys.platform == "linux":  # where a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICE)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + BACKGROUND_NICE, 19))
+
+
+async def give_way(is_busy: Callable[[], bool], at_most_s: float) -> None:
+    """Let more urgent work of this process go first, for a while."""
+    end_s = time.monotonic() + at_most_s
+    while is_busy() and time.monotonic() < end_s:
+        await asyncio.sleep(0.001)
 
 
 def limit_torch_threads(torch_threads: int | None) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -29,7 +30,7 @@ from protos import expert_pb2
 from protos.checkpoint import Checkpoint, read_model
 from protos.codec import encode, read_tensor
 from protos.errors import CorruptWeights, InvalidRequest, Overloaded, StalePlacement, from_rpc
-from protos.loops import LoopThread
+from protos.loops import LoopThread, background_executor
 from protos.model import ModelSpec
 from protos.services import expert_handlers, fetch_stream
 from tests.family_models import build_family
@@ -514,6 +515,23 @@ async def test_answers_stay_right_while_copies_come_and_go(spec: ModelSpec) -> N
             "storage": (len(kept) + rounds * len(moving[1::2]), 0),
         }
         assert set(copies_of(busy)) == set(kept)
+
+
+def test_background_threads_step_back_however_low_their_process_is() -> None:
+    """Ray gives its workers a niceness of 15 by default; and no thread may raise its priority again."""
+    found: list[int] = []
+
+    def low(niceness: int) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        with background_executor("low") as executor:
+            found.append(executor.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result())
+            found.append(executor.submit(torch.get_num_threads).result())
+
+    for niceness in (0, 15):
+        thread = threading.Thread(target=low, args=(niceness,))
+        thread.start()
+        thread.join()
+    assert found == [10, 1, 19, 1]
 
 
 def test_sources_are_no_part_of_what_an_assignment_says() -> None:
