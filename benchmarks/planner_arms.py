@@ -27,7 +27,7 @@ class PlanFunction(Protocol):
 
 
 def expertmesh(load_LE: Load, servers: Servers, current: Copies | None, *, survive: int) -> Copies:
-    """cluster/planner.py, one plan without a limit on moves. Survival is asked for as a minimum of copies."""
+    """cluster/planner.py, one plan without a limit on moves."""
     before: dict[tuple[str, int], tuple[CopyShare, ...]] = {}
     if current is not None:
         columns = (current.layer_C, current.expert_C, current.server_C, current.share_C)
@@ -39,7 +39,7 @@ def expertmesh(load_LE: Load, servers: Servers, current: Copies | None, *, survi
         load_LE=load_LE,
         servers=servers,
         current=before,
-        min_copies=1 + survive,
+        survive=survive,
         max_moves=load_LE.size * len(servers),
     )
     started_s = time.process_time()

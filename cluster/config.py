@@ -92,25 +92,25 @@ class PlacementConfig(_Config):
         default=0.25, gt=0, description="seconds between plans; changes of members plan at once"
     )
     min_copies: int = Field(
-        default=1, ge=1, description="live copies of every expert; 2 survives any one server's loss"
+        default=1, ge=0, description="live copies of every expert; 0: those without demand may have none"
     )
     max_copies: int | None = Field(default=None, ge=1, description="copies of one expert at most; null: one per server")
     max_moves: int = Field(
-        default=16, ge=0, description="loads per plan that only improve balance; bounds the bytes a re-plan moves"
+        default=16, ge=0, description="loads per plan for balance and survival; bounds the bytes a re-plan moves"
     )
     load_bytes_per_s: float | None = Field(
         default=float(1 << 30),
         gt=0,
         description="bytes per second that loads which only improve the placement may read; null: no limit",
     )
-    hot_factor: float = Field(
-        default=1.5, gt=0, description="a copy should carry at most this many times the mean expert's load"
+    survive: int = Field(
+        default=0, ge=0, description="servers that may be lost at once without an expert; served from spare memory"
     )
-    cool_factor: float = Field(
-        default=1.2, gt=0, description="a copy goes once the others would carry less than this many times the mean"
+    goal: float = Field(
+        default=0.95, gt=0, lt=1, description="mean over most loaded server that a rebalanced layer is brought to"
     )
-    imbalance: float = Field(
-        default=1.2, ge=1, description="most loaded server over the mean from which copies move; 1 chases noise"
+    rebalance_below: float = Field(
+        default=0.9, gt=0, lt=1, description="a layer above this balance is left alone; near the goal it chases noise"
     )
     min_pairs_per_s: float = Field(
         default=50.0, ge=0, description="routed pairs per second of a layer below which its heat is noise"
@@ -124,8 +124,8 @@ class PlacementConfig(_Config):
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> Self:
-        if self.cool_factor > self.hot_factor:
-            raise ValueError(f"cool_factor ({self.cool_factor}) is above hot_factor ({self.hot_factor})")
+        if self.rebalance_below > self.goal:
+            raise ValueError(f"rebalance_below ({self.rebalance_below}) is above goal ({self.goal})")
         if self.max_copies is not None and self.max_copies < self.min_copies:
             raise ValueError(f"max_copies ({self.max_copies}) is below min_copies ({self.min_copies})")
         if self.dead_after_s < 2 * self.heartbeat_s:

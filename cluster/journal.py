@@ -23,6 +23,8 @@ _WHY = {
     "drain": "on leaving servers",
     "load": "for load",
     "survival": "to survive losses",
+    "surplus": "no longer needed",
+    "memory": "for their memory",
 }
 
 
@@ -51,8 +53,8 @@ class Journal:
         unloads = [step for step in found.steps if isinstance(step, Unload)]
         if not loads and not unloads:
             return
-        why = Counter(load.reason for load in loads)
-        gone = Counter(unload.reason for unload in unloads)
+        why: Counter[str] = Counter(load.reason for load in loads)
+        gone: Counter[str] = Counter(unload.reason for unload in unloads)
         for reason, count in why.items():
             self._metrics.loads.inc(count, tags={"reason": reason})
         for reason, count in gone.items():

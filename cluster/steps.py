@@ -5,12 +5,20 @@ from typing import Literal
 
 from cluster.messages import Key
 
-Reason = Literal["missing", "drain", "load", "survival"]  # why a copy comes or goes, most urgent first
+Reason = Literal["missing", "drain", "load", "survival"]  # why a copy is loaded, most urgent first
+UnloadReason = Literal["load", "drain", "surplus", "memory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """A copy to load. `gain`: the share of its layer's load that the most loaded server is relieved of."""
+    """A copy that a server should load.
+
+    Args:
+        reason: `missing` (no copy elsewhere, or fewer than min_copies), `drain` (the only ones are on draining
+            servers), `load` (balance), `survival`.
+        gain: as a share of its layer's load: what is taken off the most loaded server (`load`), or else the demand
+            that gets a live copy, or one more.
+    """
 
     key: Key
     server_id: str
@@ -20,13 +28,18 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unload:
+    """A copy that a server should give up: it moved (`load`), its server leaves (`drain`), it no longer pays
+    (`surplus`), or its bytes are needed (`memory`)."""
+
     key: Key
     server_id: str
-    reason: Reason = "load"
+    reason: UnloadReason = "load"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reshare:
+    """An expert whose copies stay where they are and divide its traffic otherwise."""
+
     key: Key
 
 

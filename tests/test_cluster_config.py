@@ -35,7 +35,7 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
             "model: m\nexperts: {settings: {budget_bytes: -1}}",
             ["experts.settings.budget_bytes", "greater than 0", "-1"],
         ),
-        ("model: m\nplacement: {cool_factor: 3}", ["cool_factor (3.0)", "hot_factor (1.5)"]),
+        ("model: m\nplacement: {goal: 0.8}", ["rebalance_below (0.9)", "goal (0.8)"]),
         ("model: m\nplacement: {dead_after_s: 0.3}", ["dead_after_s (0.3)", "heartbeat_s is 0.25"]),
         ("model: m\nplacement: {min_copies: 3, max_copies: 2}", ["max_copies (2)", "min_copies (3)"]),
         ("model: m\nscaling: {target_busy: 0.9}", ["upscale_busy (0.8)", "target_busy (0.9)"]),

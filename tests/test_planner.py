@@ -137,8 +137,8 @@ def test_steady_noise_moves_nothing(seed: int) -> None:
 def test_a_hot_expert_gets_copies_and_they_share_its_load() -> None:
     inputs = make_input(skewed_load(1, 16, 0.3), make_servers(4, 16))
     copies = settle(inputs).copies
-    assert len(copies[("0", 0)]) == 4
-    assert all(len(copies[("0", expert)]) == 1 for expert in range(1, 16))
+    assert len(copies[("0", 0)]) == 2, "0.3 of the load is more than one of four servers should carry"
+    assert sum(map(len, copies.values())) <= 18
     assert balancedness(inputs.load_LE[0], {e: copies[("0", e)] for e in range(16)}, 4) > 0.9
 
 

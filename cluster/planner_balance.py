@@ -1,0 +1,311 @@
+"""Layers out of balance, brought to their goal with few loads.
+
+A layer is as slow as its most loaded server, so that server is relieved, again and again, until no server is above the
+level of the goal, or nothing helps. What relieves a server, best first:
+
+1. shares: what it computes for an expert with other copies goes to those with room. Costs nothing;
+2. one load: a whole expert moves (costs no bytes in the end), or an expert is copied and the copy carries exactly what
+   is too much (costs a byte for good, so it has to be worth more);
+3. the same onto a server without free bytes, after a surplus copy there has given way, or a cold expert has moved on.
+
+A layer that does not reach its goal keeps only the steps that made it clearly faster; copies that it was denied for
+lack of bytes are counted.
+
+Shapes: S servers.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from cluster.planner_draft import WARM_SHARE, Draft, Floats
+from cluster.planner_fill import water_levels
+from cluster.planner_surplus import Copy, Evictions
+
+_COPY_WORTH = 0.9  # of a move that relieves as much: a copy costs bytes for good
+_DEAR_COPY_WORTH = 0.4  # the same for a layer that has had its part of the free bytes
+_MOVED_ON_WORTH = 0.5  # of a load into free bytes: a second load has to make room for it
+_LEAST_RELIEF = 0.02  # of the even load: less is not worth a load
+_NEAR = 0.005  # of the even load: steps that bring a layer no nearer than this to its end are left out
+_NEWCOMER = 0.25  # of the mean fill: a server that holds less should take load at once
+_TOLERANCE = 1e-9
+
+
+def rebalance(draft: Draft) -> int:
+    """Bring layers below `rebalance_below` to the goal, the worst first; returns how many copies bytes were short of.
+
+    A server that has just come is reason enough to touch every layer that is below the goal.
+    """
+    if not draft.num_servers:
+        return 0
+    inputs, peak_L = draft.inputs, (draft.load_LS / draft.speed_S).max(axis=1) / draft.level_L
+    touched = 1 / (inputs.goal if newcomers(draft) else inputs.rebalance_below)
+    limit_L = np.full(draft.num_layers, touched)
+    limit_L[list(draft.filled)] = 1 / inputs.goal
+    rows = np.flatnonzero((peak_L > limit_L + _TOLERANCE) & ~draft.idle_L)
+    rows = rows[np.argsort(-peak_L[rows], kind="stable")]
+    if not rows.size:
+        return 0
+    level_L = water_levels(draft, rows.tolist(), int(draft.free_S.sum()), aim=inputs.goal)
+    evictions, short = Evictions(draft), 0
+    for place, row in enumerate(rows.tolist()):
+        part = int(draft.free_S.sum()) // (len(rows) - place)
+        short += _Layer(draft, row, float(level_L[place]), part, evictions).balance()
+    return short
+
+
+def spread_idle(draft: Draft) -> None:
+    """Layers without load give a server that has just come its part of their copies."""
+    mean = 1 - draft.free_S.sum() / max(int(draft.budget_S.sum()), 1)
+    idle = np.flatnonzero(draft.idle_L).tolist()
+    for server in newcomers(draft):
+        part = int(mean * draft.budget_S[server])
+        for row in idle:
+            while draft.budget_S[server] - draft.free_S[server] < part and draft.moves_left:
+                if not _give_idle(draft, row, server):
+                    break
+
+
+def newcomers(draft: Draft) -> list[int]:
+    """Servers that hold next to nothing yet."""
+    fill_S = 1 - draft.free_S / np.maximum(draft.budget_S, 1)
+    mean = 1 - draft.free_S.sum() / max(int(draft.budget_S.sum()), 1)
+    return np.flatnonzero((fill_S < _NEWCOMER * mean) & (draft.budget_S > 0)).tolist()
+
+
+def _give_idle(draft: Draft, row: int, server: int) -> bool:
+    """One expert of an idle layer moves from the server that holds most of it, if that evens the layer out."""
+    load_S = draft.load_LS[row]
+    giver = int((load_S / draft.speed_S).argmax())
+    if (load_S[giver] - 1) / draft.speed_S[giver] < (load_S[server] + 1) / draft.speed_S[server] - _TOLERANCE:
+        return False
+    for expert in sorted(draft.on(row)[giver]):
+        if len(draft.shares(row)[expert]) == 1 and draft.may_hold(row, expert, server):
+            draft.set_shares(row, expert, {server: 1.0})
+            draft.loads[(row, expert, server)] = ("load", 1 / float(draft.total_L[row]))
+            draft.moves_left -= 1
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A layer on its way: the journal, the most loaded server's load per speed, loads and evictions so far."""
+
+    mark: int
+    top: float
+    num_loads: int
+    num_evicted: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Relief:
+    """A load that takes `share` of an expert off the server to be relieved; `whole`: the copy there goes."""
+
+    worth: float
+    expert: int
+    server: int
+    share: float
+    whole: bool
+
+
+class _Layer:
+    """One layer on its way to `level`, the load per unit of speed that no server should pass."""
+
+    def __init__(self, draft: Draft, row: int, level: float, cheap_copies: int, evictions: Evictions) -> None:
+        self._draft, self._row, self._level, self._evictions = draft, row, level, evictions
+        self._load_S: Floats = draft.load_LS[row]
+        self._weight_E = draft.weights(row)
+        self._on = draft.on(row)
+        self._even = float(draft.level_L[row])
+        self._bytes_bind = True
+        self._cheap_copies = cheap_copies + int(draft.count_LE[row].sum())
+        self._loads: list[Copy] = []
+        self._evicted: list[Copy] = []
+
+    def balance(self) -> int:
+        """Change the draft; returns the copies for which bytes were short."""
+        draft, inputs = self._draft, self._draft.inputs
+        states = [self._state()]
+        while len(states) < 8 * (draft.num_servers + draft.num_experts) and self._relieve_top():
+            states.append(self._state())
+        before, reached = states[0].top, states[-1].top
+        short = 0
+        if reached * inputs.rebalance_below > self._even and draft.moves_left > len(self._loads):
+            short = self._denied()
+        near = self._level + _TOLERANCE * self._even
+        if reached > near:
+            gained = before - reached >= (inputs.goal - inputs.rebalance_below) / 2 * before
+            near = reached + _NEAR * self._even if gained else before
+        last = next(i for i, state in enumerate(states) if state.top <= near)
+        self._keep(states[: last + 1])
+        return short
+
+    def _state(self) -> _State:
+        top = float((self._load_S / self._draft.speed_S).max())
+        return _State(self._draft.mark(), top, len(self._loads), len(self._evicted))
+
+    def _keep(self, states: list[_State]) -> None:
+        draft, last = self._draft, states[-1]
+        draft.undo(last.mark)
+        scale = float(draft.speed_S.mean()) / float(draft.total_L[self._row])
+        for before, after in pairwise(states):
+            for load in self._loads[before.num_loads : after.num_loads]:
+                draft.loads.pop(load, None)
+                draft.loads[load] = ("load", max(before.top - after.top, 0.0) * scale)
+        draft.moves_left -= last.num_loads
+        draft.unloads |= dict.fromkeys(self._evicted[: last.num_evicted], "memory")
+
+    def _denied(self) -> int:
+        """How many loads more it would take if bytes were no matter. Changes nothing."""
+        draft, state = self._draft, self._state()
+        self._bytes_bind = False
+        for _ in range(draft.num_servers + draft.num_experts):
+            if not self._relieve_top():
+                break
+        self._bytes_bind = True
+        short = sum(draft.free_S[server] < 0 for _, _, server in self._loads[state.num_loads :])
+        draft.undo(state.mark)
+        del self._loads[state.num_loads :], self._evicted[state.num_evicted :]
+        return int(short)
+
+    def _relieve_top(self) -> bool:
+        """Take load off the most loaded server: down to the level, or else some way towards it."""
+        relative_S = self._load_S / self._draft.speed_S
+        server = int(relative_S.argmax())
+        top = float(relative_S[server])
+        if top <= self._level + _TOLERANCE * self._even:
+            return False
+        return any(self._relieve(server, self._level + (top - self._level) * part) for part in (0, 0.5, 0.75))
+
+    def _relieve(self, server: int, level: float) -> bool:
+        """Take load off a server by shares and at most one more place for an expert; nobody gets above `level`."""
+        draft, mark = self._draft, self._draft.mark()
+        excess = -float(self._room(level)[server])
+        enough = min(excess, _LEAST_RELIEF * self._even * float(draft.speed_S[server])) - _TOLERANCE * self._even
+        left = self._shift(server, level)
+        if left > _TOLERANCE * self._even and draft.moves_left > len(self._loads):
+            relief = self._best(server, level, enough)
+            if relief is not None:
+                self._apply(server, relief)
+                return True
+        if excess - left >= enough:
+            return True
+        draft.undo(mark)
+        return False
+
+    def _room(self, level: float) -> Floats:
+        """The load that every server may still take."""
+        room_S: Floats = level * self._draft.speed_S - self._load_S
+        return room_S
+
+    def _shift(self, server: int, level: float) -> float:
+        """Other copies of the server's experts take over as far as they have room; returns what stays too much."""
+        draft, shares_E, room_S = self._draft, self._draft.shares(self._row), self._room(level)
+        excess = -float(room_S[server])
+        several = [
+            (-shares_E[expert][server] * self._weight_E[expert], expert)
+            for expert in self._on[server]
+            if len(shares_E[expert]) > 1
+        ]
+        for _, expert in sorted(several):
+            if excess <= _TOLERANCE * self._even:
+                break
+            weight, shares = self._weight_E[expert], dict(shares_E[expert])
+            for other in sorted(shares, key=lambda other: (-room_S[other], other)):
+                amount = min(excess, float(room_S[other]), (shares[server] - WARM_SHARE) * weight)
+                if other != server and amount > _TOLERANCE * self._even:
+                    shares[other] += amount / weight
+                    shares[server] -= amount / weight
+                    room_S[other] -= amount
+                    excess -= amount
+            if shares != shares_E[expert]:
+                draft.set_shares(self._row, expert, shares)
+        return excess
+
+    def _best(self, server: int, level: float, enough: float) -> _Relief | None:
+        """The load that helps most. Room for it is made where that helps clearly more."""
+        draft, room_S = self._draft, self._room(level)
+        free_S = draft.free_S > 0 if self._bytes_bind else np.ones(draft.num_servers, dtype=np.bool_)
+        found = self._best_into(server, np.where(free_S, room_S, 0.0), -float(room_S[server]), enough)
+        worth = found.worth if found else 0.0
+        full_S = np.where(free_S, 0.0, room_S)
+        target = int(full_S.argmax())
+        possible = min(-float(room_S[server]), float(full_S[target]))
+        if possible < enough or possible * _COPY_WORTH <= worth:
+            return found
+        mark, num_loads, num_evicted = draft.mark(), len(self._loads), len(self._evicted)
+        evicted = self._evictions.make_room(target)
+        if evicted is not None:
+            self._evicted.append(evicted)
+        elif possible * _MOVED_ON_WORTH <= worth or not self._move_on(target, server, room_S):
+            return found
+        room_S = self._room(level)
+        only_S = np.zeros_like(room_S)
+        only_S[target] = room_S[target]
+        better = self._best_into(server, only_S, -float(room_S[server]), enough)
+        if better is not None and better.worth * (1 if evicted else _MOVED_ON_WORTH) > worth:
+            return better
+        draft.undo(mark)
+        del self._loads[num_loads:], self._evicted[num_evicted:]
+        return found
+
+    def _best_into(self, server: int, room_S: Floats, excess: float, enough: float) -> _Relief | None:
+        """The load that helps most, onto servers with room (0: none). A move that is enough beats the best copy."""
+        shares_E, row, draft = self._draft.shares(self._row), self._row, self._draft
+        most = float(room_S.max())
+        if min(most, excess) < enough:
+            return None
+        amounts = sorted((-shares_E[expert][server] * self._weight_E[expert], expert) for expert in self._on[server])
+        copy_worth = _COPY_WORTH if int(draft.count_LE[row].sum()) < self._cheap_copies else _DEAR_COPY_WORTH
+        found: _Relief | None = None
+        for negative, expert in amounts:
+            amount = -negative
+            if amount < enough or (found and amount < excess):
+                break
+            if amount <= most:
+                target = self._target(expert, amount, room_S)
+                if target is not None:
+                    found = _Relief(min(amount, excess), expert, target, shares_E[expert][server], True)
+        for negative, expert in amounts:
+            weight = self._weight_E[expert]
+            amount = min(excess, most, -negative - WARM_SHARE * weight)
+            if amount < enough or copy_worth * amount <= (found.worth if found else 0.0):
+                break
+            if draft.count_LE[row, expert] < draft.most:
+                target = self._target(expert, amount, room_S)
+                if target is not None:
+                    found = _Relief(copy_worth * amount, expert, target, amount / weight, False)
+        return found
+
+    def _target(self, expert: int, amount: float, room_S: Floats) -> int | None:
+        """The server that `amount` of an expert fits best: of those with room the one with the most free bytes."""
+        fits = np.flatnonzero(room_S >= amount - _TOLERANCE * self._even)
+        fits = fits[np.lexsort((room_S[fits], -self._draft.free_S[fits]))]
+        return next((other for other in fits.tolist() if self._draft.may_hold(self._row, expert, other)), None)
+
+    def _apply(self, server: int, relief: _Relief) -> None:
+        shares = dict(self._draft.shares(self._row)[relief.expert])
+        shares[server] -= relief.share
+        shares[relief.server] = relief.share
+        if relief.whole:
+            del shares[server]
+        self._draft.set_shares(self._row, relief.expert, shares)
+        self._loads.append((self._row, relief.expert, relief.server))
+
+    def _move_on(self, server: int, relieved: int, room_S: Floats) -> bool:
+        """The coldest expert of a server moves to another one with free bytes."""
+        draft, shares_E = self._draft, self._draft.shares(self._row)
+        if draft.moves_left < len(self._loads) + 2 or not self._on[server]:
+            return False
+        amount, expert = min((shares_E[expert][server] * self._weight_E[expert], expert) for expert in self._on[server])
+        others_S = np.where(draft.free_S > 0, room_S, 0.0)
+        others_S[relieved] = 0.0
+        target = self._target(expert, amount, others_S)
+        if target is None:
+            return False
+        shares = {other: share for other, share in shares_E[expert].items() if other != server}
+        draft.set_shares(self._row, expert, shares | {target: shares_E[expert][server]})
+        self._loads.append((self._row, expert, target))
+        return True

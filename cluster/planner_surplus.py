@@ -1,0 +1,98 @@
+"""Copies beyond what an expert needs: which go because they no longer pay, and which give way when bytes are needed.
+
+Shapes: L layers, E experts, S servers.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from cluster.planner_draft import Draft
+
+Copy = tuple[int, int, int]  # (row, expert, server)
+
+
+def drop_surplus(draft: Draft) -> None:
+    """Copies go that their layer can do without: the others have room, clearly below the goal, for what they carry.
+
+    Clearly: halfway between the goal and perfect balance, so that noise does not bring a copy back. Idle layers keep
+    theirs: silence says nothing about heat.
+    """
+    slack = 2 / (1 + draft.inputs.goal)
+    for row, expert in np.argwhere((draft.count_LE > draft.keep) & ~draft.idle_L[:, None]).tolist():
+        weight = draft.weights(row)[expert]
+        shares = draft.shares(row)[expert]
+        while len(shares) > draft.keep:
+            least = min(shares, key=lambda server: (shares[server], server))
+            full = slack * draft.level_L[row]
+            room = {
+                server: max(0.0, float(full * draft.speed_S[server] - draft.load_LS[row, server])) / weight
+                for server in shares
+                if server != least
+            }
+            total = sum(room.values())
+            if total < shares[least]:
+                break
+            part = shares[least] / total if total else 0.0
+            shares = {server: shares[server] + part * more for server, more in room.items()}
+            draft.set_shares(row, expert, shares)
+            draft.unloads[(row, expert, least)] = "surplus"
+
+
+def surplus_copies(draft: Draft, beyond: int) -> Iterator[Copy]:
+    """The copies that experts have beyond so many, those that carry least first, as long as they are there."""
+    found = []
+    for row, expert in np.argwhere(draft.count_LE > beyond).tolist():
+        weight = draft.weights(row)[expert] / float(draft.total_L[row])
+        found += [(share * weight, row, expert, server) for server, share in draft.shares(row)[expert].items()]
+    for _, row, expert, server in sorted(found):
+        shares = draft.shares(row)[expert]
+        if len(shares) > beyond and server in shares:
+            yield row, expert, server
+
+
+def add_copy(draft: Draft, row: int, expert: int, server: int, share: float) -> None:
+    """A new copy takes `share` of its expert; the others give in proportion to theirs."""
+    old = draft.shares(row)[expert]
+    draft.set_shares(row, expert, {other: part * (1 - share) for other, part in old.items()} | {server: share})
+
+
+def remove_copy(draft: Draft, row: int, expert: int, server: int) -> None:
+    """A copy goes; the others take over in proportion to their shares."""
+    rest = {other: share for other, share in draft.shares(row)[expert].items() if other != server}
+    total = sum(rest.values())
+    draft.set_shares(row, expert, {other: share / total for other, share in rest.items()})
+
+
+class Evictions:
+    """Surplus copies server by server, for a plan that needs bytes in one place.
+
+    The list is made once, when it is first needed; what has changed since is checked when it is used.
+    """
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._copies_S: list[list[Copy]] | None = None
+
+    def make_room(self, server: int) -> Copy | None:
+        """Let the cheapest copy there go that its layer can do without; None if there is none."""
+        if self._copies_S is None:
+            self._copies_S = [[] for _ in range(self._draft.num_servers)]
+            for copy in surplus_copies(self._draft, self._draft.least):
+                self._copies_S[copy[2]].append(copy)
+        for copy in self._copies_S[server]:
+            if self._can_go(copy):
+                return copy
+        return None
+
+    def _can_go(self, copy: Copy) -> bool:
+        draft, (row, expert, server) = self._draft, copy
+        shares = draft.shares(row)[expert]
+        if len(shares) <= draft.least or server not in shares:
+            return False
+        mark, before = draft.mark(), draft.peak(row)
+        remove_copy(draft, row, expert, server)
+        if draft.peak(row) <= max(before, 1 / draft.inputs.goal) + 1e-9:
+            return True
+        draft.undo(mark)
+        return False
