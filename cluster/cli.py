@@ -19,6 +19,7 @@ import typer
 from cluster.cli_load import load
 from cluster.cli_options import Json, Model, Router, StateDir, check_address, read_named_model
 from cluster.cli_plan import plan
+from cluster.cli_simulate import simulate
 from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, note, output
 from cluster.status_view import status_lines
 
@@ -131,6 +132,7 @@ def describe(
 
 app.command()(load)
 app.command()(plan)
+app.command()(simulate)
 
 
 @app.command()

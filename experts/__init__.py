@@ -3,4 +3,4 @@
 `__all__` names the modules that the other packages may import; the rest is private.
 """
 
-__all__ = ["compute", "config", "packed", "service", "weights"]
+__all__ = ["batching", "compute", "config", "meters", "packed", "service", "weights"]

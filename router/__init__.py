@@ -3,4 +3,18 @@
 `__all__` names the modules that the other packages may import; the rest is private.
 """
 
-__all__ = ["around", "client", "combine", "config", "gate", "ledger", "service", "shared", "table"]
+__all__ = [
+    "around",
+    "capacity",
+    "client",
+    "combine",
+    "config",
+    "dispatch",
+    "gate",
+    "ledger",
+    "retry",
+    "service",
+    "shared",
+    "snapshot",
+    "table",
+]

@@ -1,0 +1,348 @@
+"""The control plane in simulated time: `cluster.placement` and Serve's autoscaling, around the real decisions.
+
+What is exact: the fleet's states and epochs (`cluster.fleet`), load estimation (`cluster.load`), plans
+(`cluster.planner`), the number of servers (`cluster.scaling`). What is modelled: calls take `control_s`, a plan takes
+`plan_s`, a new server registers after `start_s`; of several servers Serve may stop, the youngest goes.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.config import ClusterConfig
+from cluster.fleet import Fleet
+from cluster.load import LoadWindow
+from cluster.messages import ServerBeat, ServerHello
+from cluster.planner import Plan, PlannerInput, PlannerServer, plan
+from cluster.scaling import Pool, Scaling, ServerLoad
+from cluster.sim_events import Clock
+from cluster.sim_router import SimRouter
+from cluster.sim_servers import Machine, SimServer
+from cluster.steps import Load, Unload
+from cluster.workloads import Workload
+
+DECIDE_S = 0.1  # Serve's controller asks a policy so often
+LINGER_S = 1.0  # a server that left answers what is still on its way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foresight:
+    """A clairvoyant baseline: plans and servers follow the load that will be, not the one that was measured.
+
+    Args:
+        utilisation: work over capacity that its servers are meant to have.
+        lead_s: how far ahead servers are asked for; at least what one takes to be useful.
+        load_lead_s: how far ahead copies are planned.
+    """
+
+    utilisation: float
+    lead_s: float
+    load_lead_s: float = 0.5
+
+    def servers(self, workload: Workload, now_s: float, pairs_per_s: float) -> int:
+        """Enough at every moment of the lead: what is needed soon is started now, and kept if it is needed again."""
+        moments_s = np.arange(now_s, now_s + self.lead_s + DECIDE_S, DECIDE_S).tolist()
+        most = max(workload.pairs_per_s(moment_s) for moment_s in moments_s)
+        return int(np.ceil(most / (pairs_per_s * self.utilisation) - 1e-9))
+
+
+class SimPlacement:
+    """The placement deployment's shell, in simulated time.
+
+    Args:
+        routers: of the cluster; the caller fills it.
+        servers: all that ever were, by id; the caller adds to it.
+        static: adopt the first complete plan and no later one but for what is missing.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        config: ClusterConfig,
+        machine: Machine,
+        workload: Workload,
+        *,
+        routers: Sequence[SimRouter],
+        servers: Mapping[str, SimServer],
+        copy_bytes: int,
+        foresight: Foresight | None = None,
+        static: bool = False,
+    ) -> None:
+        knobs = config.placement
+        self.fleet = Fleet(
+            num_experts=workload.num_experts,
+            expected_servers=config.experts.min_servers,
+            dead_after_s=knobs.dead_after_s,
+            settle_s=knobs.settle_s,
+            copy_bytes=copy_bytes,
+            load_bytes_per_s=knobs.load_bytes_per_s,
+        )
+        self.window = LoadWindow(
+            workload.layers, workload.num_experts, rise_s=knobs.load_rise_s, fall_s=knobs.load_fall_s
+        )
+        self.num_plans = self.loads = self.unloads = 0
+        self.needed_bytes = len(workload.layers) * workload.num_experts * knobs.min_copies * copy_bytes
+        self._clock, self._knobs, self._machine, self._workload = clock, knobs, machine, workload
+        self._routers, self._servers = routers, servers
+        self._copy_bytes, self._foresight, self._static = copy_bytes, foresight, static
+        self._sent_version: dict[str, int] = {}
+        self._sent_epoch = 0
+        self._planning = self._again = False
+        clock.every(knobs.plan_interval_s, self.replan)
+
+    # ------------------------------------------------------------------ events, each when it arrives
+
+    def register(self, server: SimServer) -> None:
+        """A server process joins."""
+        if server.alive:
+            now_s = self._clock.now_s
+            self.fleet.register(server.hello, held=server.warm, highest_epoch=0, seq=0, now_s=now_s)
+            self._after(replan=True)
+
+    def beat_server(self, beat: ServerBeat) -> None:
+        self.fleet.report_server(
+            beat.server_id,
+            held=beat.held,
+            applied_version=beat.applied_version,
+            seq=beat.seq,
+            now_s=self._clock.now_s,
+            failed=beat.failed,
+        )
+        self._after()
+
+    def beat_router(self, router: SimRouter, epoch: int, oldest: int, known: frozenset[str]) -> None:
+        now_s = self._clock.now_s
+        self.fleet.report_router(router.router_id, epoch=epoch, oldest_epoch=oldest, known_servers=known, now_s=now_s)
+        self._after()
+        self.window.count(router.router_id, router.demand(), now_s)
+
+    def drain(self, server_id: str) -> None:
+        self.fleet.drain(server_id, self._clock.now_s)
+        self._after(replan=True)
+
+    def remove(self, server_id: str) -> None:
+        """The server has left, or a router lost it and a probe finds it dead."""
+        self.fleet.remove_server(server_id, self._clock.now_s)
+        self._after(replan=True)
+
+    def report_lost(self, server_id: str) -> None:
+        if not self._servers[server_id].alive:
+            self.remove(server_id)
+
+    def _after(self, *, replan: bool = False) -> None:
+        """After every event: assignments and tables that changed go out; a change of members plans at once."""
+        for hello in self.fleet.servers:
+            found = self.fleet.assignment(hello.server_id)
+            if found is not None and self._sent_version.get(hello.server_id) != found.version:
+                self._sent_version[hello.server_id] = found.version
+                self._clock.after(self._machine.control_s, self._servers[hello.server_id].take, found)
+        if self.fleet.epoch != self._sent_epoch:
+            self._sent_epoch = self.fleet.epoch
+            for router in self._routers:
+                self._clock.after(self._machine.control_s, router.adopt, self.fleet.table)
+        if replan:
+            self.replan()
+
+    # ------------------------------------------------------------------ planning
+
+    def replan(self) -> None:
+        """Make a plan now; while one is being made, another one afterwards."""
+        self._again = self._planning
+        if self._planning:
+            return
+        self.fleet.expire(self._clock.now_s)
+        self._after()
+        if self.fleet.settled:
+            self._planning = True
+            self._clock.after(self._machine.plan_s, self._adopt, plan(self._planner_input()))
+
+    def _adopt(self, found: Plan) -> None:
+        self._planning = False
+        self.num_plans += 1
+        everything = len(self._workload.layers) * self._workload.num_experts
+        self.needed_bytes = (everything * self._knobs.min_copies + found.wanted_copies) * self._copy_bytes
+        loads = [step for step in found.steps if isinstance(step, Load)]
+        current = self.fleet.current
+        if self._static and len(current) == everything:
+            return
+        if found.steps:
+            self.loads += len(loads)
+            self.unloads += sum(isinstance(step, Unload) for step in found.steps)
+            self.fleet.adopt(found.copies, loads, self._clock.now_s)
+            self._after()
+        if self._again:
+            self.replan()
+
+    def _planner_input(self) -> PlannerInput:
+        knobs = self._knobs
+        # As in cluster/placement.py: copies change places through a free slot.
+        needed = len(self._workload.layers) * self._workload.num_experts * max(knobs.min_copies, 1)
+        staying = [hello for hello in self.fleet.servers if not self.fleet.is_draining(hello.server_id)]
+        slot = int(sum(hello.max_copies - 1 for hello in staying) >= needed)
+        return PlannerInput(
+            layers=self._workload.layers,
+            load_LE=self._load(),
+            servers=tuple(
+                PlannerServer(
+                    server_id=hello.server_id,
+                    max_copies=hello.max_copies - slot,
+                    speed=hello.speed,
+                    draining=self.fleet.is_draining(hello.server_id),
+                )
+                for hello in self.fleet.servers
+            ),
+            current=self.fleet.current,
+            blocked=self.fleet.blocked,
+            min_copies=knobs.min_copies,
+            max_copies=knobs.max_copies,
+            max_moves=knobs.max_moves,
+            hot_factor=knobs.hot_factor,
+            cool_factor=knobs.cool_factor,
+            imbalance=knobs.imbalance,
+            min_pairs_per_s=knobs.min_pairs_per_s,
+        )
+
+    def _load(self) -> npt.NDArray[np.float64]:
+        if self._foresight is not None:
+            return self._workload.load(self._clock.now_s + self._foresight.load_lead_s)
+        return self.window.rates()
+
+
+class SimPool:
+    """Serve's part: processes that start, are replaced, are drained and stop; how many, the scaling policy says.
+
+    Args:
+        make: makes the server process of an id, not yet known to anybody.
+        on_stop: called with a server whose process has ended in order.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        config: ClusterConfig,
+        machine: Machine,
+        workload: Workload,
+        placement: SimPlacement,
+        *,
+        make: Callable[[str], SimServer],
+        on_stop: Callable[[SimServer], None],
+        foresight: Foresight | None = None,
+        budget_bytes: int,
+    ) -> None:
+        pool, scaling = config.experts, config.scaling
+        self.running: dict[str, SimServer] = {}
+        self.starting: set[str] = set()
+        self.draining: dict[str, SimServer] = {}
+        self.server_seconds = 0.0
+        self._clock, self._config, self._machine, self._workload = clock, config, machine, workload
+        self._placement, self._make, self._on_stop, self._foresight = placement, make, on_stop, foresight
+        self._budget_bytes = budget_bytes
+        self._policy = Scaling(
+            min_servers=pool.min_servers,
+            max_servers=pool.max_servers,
+            target_busy=scaling.target_busy,
+            upscale_busy=scaling.upscale_busy,
+            drain_backlog_s=scaling.drain_backlog_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+        )
+        self._target = pool.min_servers
+        self._count = 0
+        self._samples: dict[str, deque[ServerLoad]] = {}
+        for _ in range(self._target):
+            self._start(0.0)
+        clock.every(DECIDE_S, self._decide, first_s=DECIDE_S)
+
+    @property
+    def paid(self) -> int:
+        """Servers that cost something now: those that start or leave included."""
+        return len(self.running) + len(self.starting) + len(self.draining)
+
+    def lose(self, server_id: str) -> None:
+        """A server dies; its replacement is asked for a little later."""
+        server = self.running.pop(server_id, None) or self.draining.pop(server_id, None)
+        if server is not None:
+            server.alive = False
+            self._clock.after(self._machine.replace_s, self._follow)
+
+    def _decide(self) -> None:
+        self.server_seconds += DECIDE_S * self.paid
+        scaling, pool = self._config.scaling, self._config.experts
+        keep = max(1, round(scaling.look_back_s / scaling.metrics_interval_s))
+        loads = []
+        for server_id, server in (self.running | self.draining).items():
+            samples = self._samples.setdefault(server_id, deque(maxlen=keep))
+            samples.append(ServerLoad(busy_share=server.busy_share(), backlog_s=server.backlog_s))
+            loads.append(
+                ServerLoad(
+                    busy_share=sum(sample.busy_share for sample in samples) / len(samples),
+                    backlog_s=sum(sample.backlog_s for sample in samples) / len(samples),
+                )
+            )
+        if self._foresight is not None:
+            need = self._foresight.servers(self._workload, self._clock.now_s, self._machine.pairs_per_s)
+            self._target = max(pool.min_servers, min(need, pool.max_servers))
+        else:
+            found = Pool(
+                loads=loads,
+                target=self._target,
+                needed_bytes=self._placement.needed_bytes,
+                budget_bytes=self._budget_bytes,
+            )
+            self._target = self._policy.decide(found, self._clock.now_s)
+        self._follow()
+        for server_id in [server_id for server_id, server in self.draining.items() if server.released]:
+            self._leave(server_id)
+
+    def _follow(self) -> None:
+        """Start what is missing, stop what is too much: those that start first, then the youngest."""
+        while len(self.running) + len(self.starting) < self._target:
+            self._start(self._machine.start_s)
+        while len(self.running) + len(self.starting) > self._target:
+            if self.starting:
+                self.starting.remove(max(self.starting))
+                continue
+            server_id = max(self.running)
+            self.draining[server_id] = server = self.running.pop(server_id)
+            server.hello = replace(server.hello, draining=True)
+            self._clock.after(self._machine.control_s, self._placement.drain, server_id)
+            self._clock.after(self._config.experts.drain_timeout_s, self._leave, server_id)
+
+    def _start(self, after_s: float) -> None:
+        server_id = f"s{self._count:04d}"
+        self._count += 1
+        self.starting.add(server_id)
+        self._clock.after(after_s, self._started, server_id)
+
+    def _started(self, server_id: str) -> None:
+        if server_id not in self.starting:
+            return
+        self.starting.remove(server_id)
+        self.running[server_id] = server = self._make(server_id)
+        self._clock.after(self._machine.control_s, self._placement.register, server)
+
+        def beat() -> bool:
+            if server.alive:
+                server.beat()
+            return server.alive
+
+        self._clock.every(self._config.placement.heartbeat_s, beat, first_s=self._config.placement.heartbeat_s)
+
+    def _leave(self, server_id: str) -> None:
+        server = self.draining.pop(server_id, None)
+        if server is not None:
+            self._clock.after(self._machine.control_s, self._placement.remove, server_id)
+            self._clock.after(LINGER_S, self._stopped, server)
+
+    def _stopped(self, server: SimServer) -> None:
+        server.alive = False
+        self._on_stop(server)
+
+
+def hello_of(server_id: str, *, max_copies: int, speed: float = 1.0) -> ServerHello:
+    """What a simulated server says about itself."""
+    return ServerHello(
+        server_id=server_id, address=server_id, node=server_id, pid=0, max_copies=max_copies, speed=speed
+    )
