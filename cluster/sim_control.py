@@ -199,9 +199,9 @@ class SimPlacement:
             min_copies=knobs.min_copies,
             max_copies=knobs.max_copies,
             max_moves=knobs.max_moves,
-            hot_factor=knobs.hot_factor,
-            cool_factor=knobs.cool_factor,
-            imbalance=knobs.imbalance,
+            survive=knobs.survive,
+            goal=knobs.goal,
+            rebalance_below=knobs.rebalance_below,
             min_pairs_per_s=knobs.min_pairs_per_s,
         )
 
