@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from router.replicas import choose_copies, stable_order
+from router.replicas import PREFER_PAIRS, choose_copies, stable_order
 from router.table import LayerPlacement
 
 IntArray = npt.NDArray[np.int32]
@@ -49,6 +49,7 @@ def plan_dispatch(
     pairs_P: npt.NDArray[np.int64] | None = None,
     excluded_S: npt.NDArray[np.bool_] | None = None,
     capacity: int | None = None,
+    prefer_pairs: float = PREFER_PAIRS,
 ) -> DispatchPlan:
     """Choose a copy for every pair and group the pairs by server.
 
@@ -61,6 +62,7 @@ def plan_dispatch(
         pairs_P: flat indices of the pairs to send, ascending; None for all T*K. None of them may have expert -1.
         excluded_S: servers to leave out of this plan.
         capacity: most pairs per copy, None for no limit.
+        prefer_pairs: how many pairs a message is worth.
     """
     if excluded_S is not None:
         placement = placement.without(excluded_S)
@@ -70,7 +72,7 @@ def plan_dispatch(
         pairs_P = np.arange(num_tokens * top_k)
     else:
         expert_P, weight_P = expert_P[pairs_P], weight_P[pairs_P]
-    server_P = choose_copies(expert_P, placement, load_S=load_S, capacity=capacity, rng=rng)
+    server_P = choose_copies(expert_P, placement, load_S=load_S, capacity=capacity, prefer_pairs=prefer_pairs, rng=rng)
     if num_tokens == 1:
         return _plan_one_token(server_P, expert_P, weight_P, pairs_P)
     order_P = stable_order(server_P)

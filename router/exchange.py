@@ -150,13 +150,13 @@ class Exchange:
             pairs_P=pairs_P,
             excluded_S=self._excluded_mask(),
             capacity=self._decision.capacity,
+            prefer_pairs=self._context.transport.message_worth(),
         )
         max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._x_TL))
-        timeout_s = self._deadline_s() - time.monotonic()
         for dispatch in plan.dispatches:
             link = links[table.servers[dispatch.server].server_id]
             for block in split_rows(dispatch, max_rows):
-                self._send_block(block, link, timeout_s)
+                self._send_block(block, link, self._deadline_s() - time.monotonic())
         if len(plan.unplaced_P):
             self._place_nowhere(plan.unplaced_P)
 

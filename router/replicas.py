@@ -19,7 +19,7 @@ from router.table import LayerPlacement
 
 SPLIT_TOKENS = 32  # larger groups of one expert are split; smaller ones gain nothing from a GEMM of fewer rows
 PREFER_LOAD = 1.25  # a server contacted anyway may carry this much more load than the draw's winner ...
-PREFER_TOKENS = 32  # ... plus this many pairs
+PREFER_PAIRS = 32  # ... plus at most this many pairs
 _FEW_PAIRS = 64  # up to here plain Python is faster than numpy
 
 
@@ -29,6 +29,7 @@ def choose_copies(
     *,
     load_S: npt.NDArray[np.float64],
     capacity: int | None = None,
+    prefer_pairs: float = PREFER_PAIRS,
     rng: np.random.Generator,
 ) -> npt.NDArray[np.int32]:
     """Choose a server for every pair.
@@ -38,6 +39,7 @@ def choose_copies(
         placement: the layer's live copies (`LayerPlacement.without` leaves servers out).
         load_S: routed pairs in flight per server; not changed.
         capacity: most pairs per copy, None for no limit.
+        prefer_pairs: how many pairs a message is worth; fewer where servers are slow.
         rng: draws.
 
     Returns:
@@ -45,7 +47,7 @@ def choose_copies(
     """
     if placement.server_EC.shape[1] == 1 and capacity is None:
         return placement.server_EC[:, 0][expert_P]
-    chooser = _Chooser(placement, load_S, capacity, rng)
+    chooser = _Chooser(placement, load_S, capacity, prefer_pairs, rng)
     if len(expert_P) <= _FEW_PAIRS:
         return _choose_few(expert_P.tolist(), chooser)
     server_P = placement.server_EC[:, 0][expert_P]
@@ -93,18 +95,20 @@ def _choose_few(experts: list[int], chooser: "_Chooser") -> npt.NDArray[np.int32
 class _Chooser:
     """Places one group after another, and keeps the loads and the contacted servers up to date meanwhile."""
 
-    __slots__ = ("_capacity", "_contacted", "_loads", "_placement", "_rng")
+    __slots__ = ("_capacity", "_contacted", "_loads", "_placement", "_prefer_pairs", "_rng")
 
     def __init__(
         self,
         placement: LayerPlacement,
         load_S: npt.NDArray[np.float64],
         capacity: int | None,
+        prefer_pairs: float,
         rng: np.random.Generator,
     ) -> None:
         self._placement = placement
         self._loads: list[float] = load_S.tolist()
         self._capacity = capacity
+        self._prefer_pairs = prefer_pairs
         self._rng = rng
         self._contacted: set[int] = set()
 
@@ -164,7 +168,7 @@ class _Chooser:
         if best in contacted:
             return best
         near = min((server for server in servers if server in contacted), key=loads.__getitem__, default=best)
-        return near if loads[near] <= PREFER_LOAD * loads[best] + PREFER_TOKENS else best
+        return near if loads[near] <= PREFER_LOAD * loads[best] + self._prefer_pairs else best
 
     def _draw(self, servers: list[int], bounds: list[float]) -> int:
         index = bisect_right(bounds, self._rng.random() * bounds[-1])

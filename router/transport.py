@@ -10,6 +10,7 @@ server that says nothing for `hop_timeout_s` is hung, however long its queue is.
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from protos import expert_pb2
 from protos.codec import decode, encode, read_matrix
 from protos.errors import ExpertmeshError, InternalError, ServerLost, from_proto
 from protos.services import CHANNEL_OPTIONS, compute_stream, status_method
+from router.replicas import PREFER_PAIRS
 from router.table import ServerAddress
 
 log = logging.getLogger("expertmesh.router")
@@ -32,6 +34,8 @@ log = logging.getLogger("expertmesh.router")
 RECONNECT_FIRST_S = 0.05
 RECONNECT_MOST_S = 2.0
 WATCH_S = 0.1
+PACE_WEIGHT = 0.1  # of the newest answer in a server's pace
+MESSAGE_WORTH_S = 0.002  # a server contacted anyway may compute this much longer than another one would
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -98,6 +102,7 @@ class ServerLink:
         self.server = server
         self.usable = True  # until proved otherwise: the first call need not wait for a connection
         self.tokens_in_flight = 0
+        self.pace = math.inf  # routed pairs per second while it computes, from its answers
         self._hop_timeout_s = hop_timeout_s
         self._on_change = on_change
         self._open: dict[int, _OpenCall] = {}
@@ -221,11 +226,18 @@ class ServerLink:
         if head.HasField("error"):
             reply.error = from_proto(head.error)
         else:
+            self._learn_pace(head, call)
             try:
                 reply.partial_RD = read_matrix(payload, head.dtype, call.shape, name="partial")
             except ExpertmeshError as err:
                 reply.error = InternalError(f"server {self.server.server_id} answered nonsense: {err.message}")
         call.inbox.put(reply)
+
+    def _learn_pace(self, head: expert_pb2.ComputeResponse, call: _OpenCall) -> None:
+        if head.compute_s <= 0:
+            return
+        pace = call.tokens * max(1.0, head.launch_rows / call.shape[0]) / head.compute_s
+        self.pace = pace if self.pace == math.inf else self.pace + PACE_WEIGHT * (pace - self.pace)
 
     def _close(self, call_id: int) -> _OpenCall | None:
         call = self._open.pop(call_id, None)
@@ -282,6 +294,11 @@ class Transport:
             self.links[server_id] = ServerLink(
                 wanted[server_id], hop_timeout_s=self._hop_timeout_s, on_change=self._on_link_change
             )
+
+    def message_worth(self) -> float:
+        """How many routed pairs a message less is worth: what the slowest server computes in MESSAGE_WORTH_S."""
+        pace = min((link.pace for link in self.links.values()), default=math.inf)
+        return min(PREFER_PAIRS, MESSAGE_WORTH_S * pace)
 
     async def close(self) -> None:
         """Close every link at once; open calls fail."""
