@@ -237,6 +237,7 @@ class Placement:
             return
         found = await asyncio.to_thread(plan, self._planner_input())
         self._wanted_copies = found.wanted_copies
+        self._mass_at_risk = found.mass_at_risk
         if found.missing != self._missing:
             self._missing = found.missing
             self._note("memory", f"{len(found.missing)} experts have no place within the servers' budgets")
