@@ -1,6 +1,7 @@
 """`expertmesh load`: a load generator against a router."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,8 @@ def load(
     *,
     router: Annotated[str, typer.Option("--router", metavar="H:P", help="router endpoint")],
     pattern: Annotated[
-        str, typer.Option(help="experts that get the load: uniform, zipf:A, hot:N:SHARE or trace:FILE")
+        str,
+        typer.Option(help="uniform, zipf:A, hot:N:SHARE, or trace:FILE of hidden states or (.parquet) of routings"),
     ] = "uniform",
     rate: Annotated[
         str | None,
@@ -27,6 +29,9 @@ def load(
     ] = None,
     duration: Annotated[float, typer.Option(metavar="S", help="seconds")] = 10.0,
     timeout: Annotated[float, typer.Option(metavar="S", help="seconds an answer may take")] = 30.0,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write what was routed as a routing trace (.parquet)")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="the served model, to check answers; default: the router's path")
     ] = None,
@@ -52,6 +57,7 @@ def load(
         wanted_rate = None if rate is None else parse_rate(rate)
         import torch
 
+        from cluster.arrays import writable
         from cluster.patterns import parse_pattern
         from cluster.run_load import run_load
 
@@ -63,12 +69,13 @@ def load(
                 parse_pattern(pattern),
                 rate=wanted_rate,
                 move_every_s=move_every,
-                concurrency=concurrency or 4,
+                concurrency=concurrency,
                 num_tokens=tokens,
                 duration_s=duration,
                 timeout_s=timeout,
                 model=None if spec is None else spec.path,
                 check_share=check,
+                record=None if record is None else writable(record),
             )
         )
         out.document(document)

@@ -69,6 +69,7 @@ class LoadGenerator:
         timeout_s: of each request.
         checker: checks a share of the answers; None for none.
         on_sample: called with every finished request, on the loop.
+        on_answer: called with every answered request, its answer (then with its routing) and seconds taken; or None.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class LoadGenerator:
         timeout_s: float = 30.0,
         checker: Checker | None = None,
         on_sample: Callable[[Sample], None] = lambda sample: None,
+        on_answer: Callable[[Work, Answer, float], None] | None = None,
     ) -> None:
         self.traffic = traffic
         self.rate = rate
@@ -96,6 +98,7 @@ class LoadGenerator:
         self._timeout_s = timeout_s
         self._checker = checker
         self._on_sample = on_sample
+        self._on_answer = on_answer
         self._open: set[asyncio.Task[None]] = set()
         self._began_s = 0.0
 
@@ -171,7 +174,7 @@ class LoadGenerator:
                 timeout_s=self._timeout_s,
                 routing=work.routing,
                 overflow=self.overflow,
-                return_routing=checked,
+                return_routing=checked or self._on_answer is not None,
             )
         except ExpertmeshError as err:
             error, message = type(err).__name__, err.message
@@ -179,6 +182,8 @@ class LoadGenerator:
         ledger = answer.ledger if answer is not None else None
         sample = Sample(ended_s=now_s, took_s=now_s - began_s, num_tokens=len(work.x_TD), ledger=ledger, error=error)
         self._count(sample, message)
+        if answer is not None and self._on_answer is not None:
+            self._on_answer(work, answer, sample.took_s)
         if checked and answer is not None and self._checker is not None:
             self._checker.submit(work, answer)
         return not error

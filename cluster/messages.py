@@ -83,7 +83,7 @@ class RouterBeat:
     oldest_epoch: int
     known_servers: frozenset[str]  # of its table
     demand: Mapping[Key, int]  # routed pairs its gates asked for, since it started
-    totals: Mapping[str, float]  # ledger sums since it started
+    totals: Mapping[str, float]  # ledger sums since it started, and the trace's tokens
     p50_s: float
     p99_s: float
     tokens_per_s: float

@@ -114,7 +114,8 @@ class RouterReplica:
             oldest_epoch=report.oldest_epoch,
             known_servers=frozenset(server.server_id for server in self._table.servers),
             demand=report.demand,
-            totals=asdict(report.totals),
+            totals=asdict(report.totals)
+            | {"traced_tokens": report.traced_tokens, "trace_dropped_tokens": report.trace_dropped_tokens},
             p50_s=report.p50_s,
             p99_s=report.p99_s,
             tokens_per_s=report.tokens_per_s,

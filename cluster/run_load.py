@@ -24,7 +24,8 @@ async def run_load(
     *,
     rate: Rate | None,
     move_every_s: float | None = None,
-    concurrency: int,
+    record: Path | None = None,
+    concurrency: int | None,
     num_tokens: int,
     duration_s: float,
     timeout_s: float,
@@ -34,6 +35,9 @@ async def run_load(
     """Load a router for `duration_s` seconds; see `LoadGenerator` for rate and concurrency.
 
     Args:
+        rate: None with a routing trace and without concurrency: as recorded.
+        concurrency: None: 4, where there is no rate.
+        record: a routing trace of the answers to write; None: none.
         move_every_s: seconds after which other experts become the hot ones; None: never.
         model: the served model's directory here; None takes the router's word, and checks nothing if it is not here.
         check_share: of the answers to compute again, 0..1.
@@ -53,7 +57,15 @@ async def run_load(
             )
         spec = _readable(model, served)
         traffic: Traffic
-        if pattern.trace is not None:
+        if pattern.trace is not None and (pattern.trace.is_dir() or pattern.trace.suffix == ".parquet"):
+            from cluster.routed_traffic import RoutedTraffic, recorded_rate  # pyarrow takes its time to import
+            from cluster.traces import RoutingTrace
+
+            trace, limit = RoutingTrace(pattern.trace), served.max_request_tokens
+            traffic = RoutedTraffic(trace, served, max_tokens=limit)
+            if concurrency is None and not callable(rate):
+                rate = recorded_rate(trace, max_tokens=limit, mean=rate)
+        elif pattern.trace is not None:
             states = read_trace(pattern.trace, tuple(served.layers), dim=served.dim)
             if unroutable := sorted(states.keys() & set(served.token_id_layers)):
                 raise InvalidRequest(
@@ -67,12 +79,26 @@ async def run_load(
         checker = (
             Checker(spec, share=check_share, weight_dtype=packed) if spec is not None and check_share > 0 else None
         )
-        load = LoadGenerator(client, traffic, rate=rate, concurrency=concurrency, timeout_s=timeout_s, checker=checker)
+        recorder = None
+        if record is not None:
+            from cluster.client_trace import ClientRecorder
+
+            recorder = ClientRecorder(record, served)
+        load = LoadGenerator(
+            client,
+            traffic,
+            rate=rate,
+            concurrency=concurrency or 4,
+            timeout_s=timeout_s,
+            checker=checker,
+            on_answer=None if recorder is None else recorder.add,
+        )
         seconds = await load.run_for(duration_s)
         if checker is not None:
             await checker.close()
+        recorded = None if recorder is None else await recorder.close()
     document = report(load.tally, checker.checks if checker is not None else None, seconds=seconds)
-    return {"router": router, "model": served.model, "checking": checker is not None} | document
+    return {"router": router, "model": served.model, "checking": checker is not None, "record": recorded} | document
 
 
 def _readable(model: Path | None, served: DescribeResponse) -> ModelSpec | None:

@@ -4,7 +4,7 @@ Shapes: T tokens, D model dim, N recorded rows.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Protocol
@@ -35,6 +35,15 @@ class Traffic(Protocol):
 
     def next(self) -> Work:
         """The next request."""
+
+
+def random_states(model: DescribeResponse, *, num_tokens: int, seed: int = 0) -> Iterator[Tensor]:
+    """Hidden states [T, D] of unit RMS, endlessly."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = TORCH_DTYPES[model.dtype]
+    return cycle(  # which keeps what it has seen
+        torch.randn(num_tokens, model.dim, generator=generator).to(dtype) for _ in range(_POOL)
+    )
 
 
 class DrawnTraffic:
@@ -70,11 +79,7 @@ class DrawnTraffic:
         self._move_every_s, self._clock = move_every_s, clock
         self.began_s: float | None = None
         self.num_moves = 0
-        generator = torch.Generator().manual_seed(seed)
-        dtype = TORCH_DTYPES[model.dtype]
-        self._pool = cycle(
-            torch.randn(num_tokens, model.dim, generator=generator).to(dtype) for _ in range(_POOL)
-        )  # cycle keeps what it has seen
+        self._pool = random_states(model, num_tokens=num_tokens, seed=seed)
         self._layers = cycle(self._names)
         self._shares = self.shares(0)
 

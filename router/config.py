@@ -147,6 +147,22 @@ class RouterConfig(BaseModel):
         default=None, ge=1, description="torch threads of this process; null leaves torch's default"
     )
 
+    trace_dir: str | None = Field(
+        default=None, description="directory for a trace of what the gates decide (Parquet); null records nothing"
+    )
+    trace_share: float = Field(
+        default=0.01, gt=0, le=1, description="share of the tokens that the trace samples, each layer by itself"
+    )
+    trace_max_bytes: int = Field(
+        default=256 << 20, ge=1 << 20, description="bytes of all trace files in trace_dir; the oldest are removed"
+    )
+    trace_file_s: float = Field(
+        default=60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds after which a trace file is finished: what a crash loses at most",
+    )
+
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Self:
         if self.max_queued_tokens < self.max_request_tokens:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from protos.model import ModelSpec
 from router.around import Around
 from router.config import RouterConfig
-from router.gate import Gate
+from router.gate import Gate, Routing
 from router.shared import SharedExpert
 from router.snapshot import PlacementSnapshot
 from router.transport import Transport
@@ -25,9 +25,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerContext:
-    """One router's model, settings, placement and streams; `count_demand(layer, pairs_E)` feeds its load report.
+    """One router's model, settings, placement and streams.
 
-    `on_absent()` is called when a batch has to wait for experts without a live copy.
+    Args:
+        count_demand: called with (layer, pairs_E), feeds the load report.
+        on_absent: called when a batch has to wait for experts without a live copy.
+        record: called with (layer, routing) for the trace; None: there is none.
     """
 
     spec: ModelSpec
@@ -41,6 +44,7 @@ class LayerContext:
     count_demand: Callable[[str, npt.NDArray[np.int64]], None]
     on_absent: Callable[[], None]
     compute_thread: Executor
+    record: Callable[[str, Routing], None] | None = None
 
     async def compute(self, function: Callable[[], R], *, flops: int) -> R:
         """Call a torch function of about `flops` multiply-adds: here if that is short, else on the compute thread."""

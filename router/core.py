@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,9 @@ from router.snapshot import PlacementSnapshot
 from router.table import PlacementTable, empty_table
 from router.transport import Transport
 
+if TYPE_CHECKING:
+    from router.recorder import Recorder
+
 _CANNOT_RENORMALIZE = (
     "overflow.renormalize is true (supported for {family}: false; its gate weights multiply the experts' inputs, where "
     "they cannot be scaled after the fact)"
@@ -56,6 +60,8 @@ class RouterReport:
     p99_s: float
     tokens_per_s: float  # of the last second
     queued_tokens: int
+    traced_tokens: int = 0  # in finished trace files
+    trace_dropped_tokens: int = 0  # sampled for the trace, but could not be kept
 
 
 class Router:
@@ -104,6 +110,7 @@ class Router:
         self._compute_thread: ThreadPoolExecutor
         self._transport: Transport
         self._merger: Merger
+        self._recorder: Recorder | None = None
 
     async def start(self) -> None:
         """Bind to the running loop. Once only, before anything else."""
@@ -113,6 +120,10 @@ class Router:
         self._transport = Transport(
             hop_timeout_s=self.config.hop_timeout_s, on_lost=self._on_server_lost, on_change=self._links_changed
         )
+        if self.config.trace_dir is not None:
+            from router.recorder import start_recorder  # pyarrow takes its time to import
+
+            self._recorder = start_recorder(self.spec, self.config)
         context = LayerContext(
             spec=self.spec,
             config=self.config,
@@ -125,6 +136,7 @@ class Router:
             count_demand=self._count_demand,
             on_absent=self._on_absent,
             compute_thread=self._compute_thread,
+            record=None if self._recorder is None else self._recorder.record,
         )
 
         async def run(batch: Batch) -> None:
@@ -143,6 +155,8 @@ class Router:
         await self._merger.close()
         await self._transport.close()
         self._compute_thread.shutdown(wait=False, cancel_futures=True)
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
 
     def adopt(self, table: PlacementTable) -> None:
         """Take a placement table if it is newer. Batches in flight keep theirs."""
@@ -269,6 +283,8 @@ class Router:
             p99_s=p99_s,
             tokens_per_s=tokens / RATE_WINDOW_S,
             queued_tokens=self._merger.queued_tokens,
+            traced_tokens=0 if self._recorder is None else self._recorder.recorded_tokens,
+            trace_dropped_tokens=0 if self._recorder is None else self._recorder.dropped_tokens,
         )
 
     def _check_states(self, x_TD: Tensor) -> None:

@@ -21,6 +21,8 @@ async def run_batch(batch: Batch, context: LayerContext) -> None:
     began_s = time.monotonic()
     routing = await _route(batch, context)
     context.count_demand(batch.layer, _demand(routing, context.spec.num_experts))
+    if context.record is not None:
+        context.record(batch.layer, routing)
     overflow, gate, table = batch.requests[0].overflow, context.gates[batch.layer], context.snapshot.current
     decision = apply_capacity(routing, table.layer(batch.layer), overflow, gate=gate, rng=context.rng)
     around = context.around[batch.layer]

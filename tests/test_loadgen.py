@@ -16,12 +16,15 @@ from cluster.checking import Checker
 from cluster.loadgen import NOT_SENT, LoadGenerator, Sample, Tally, percentiles, report
 from cluster.patterns import Pattern, draw_routing, expert_shares, parse_pattern
 from cluster.rates import GRAIN_S, Departures, RateProfile, parse_rate
+from cluster.routed_traffic import RoutedTraffic, recorded_rate
 from cluster.run_load import run_load
+from cluster.traces import RoutingTrace, load_matrix
 from cluster.traffic import DrawnTraffic, TraceTraffic, Work
 from experts.config import ExpertServerConfig
 from protos import common_pb2, router_pb2
 from protos.checkpoint import read_model
 from protos.errors import InvalidRequest, Unavailable
+from protos.tracefile import RoutedTokens, TraceInfo, TraceWriter
 from router.client import RouterClient
 from router.gate import Routing
 from tests.mesh import Mesh, mesh
@@ -167,6 +170,82 @@ def test_where_a_hot_spot_goes_depends_on_the_seed_alone(num_moves: int, seed: i
         assert sorted(share_E) == sorted(expert_shares(parse_pattern("zipf:1.2"), num_experts=32, top_k=2))
     if num_moves:
         assert first["0"].tolist() != moving(lambda: 0.0, seed=seed + 1).shares(num_moves)["0"].tolist()
+
+
+# ---------------------------------------------------------------------- routing traces
+
+
+async def test_a_recorded_load_can_be_replayed_with_the_same_experts_and_weights(model: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.parquet", tmp_path / "second.parquet"
+    with mesh(model) as served:
+        address = served.router.address
+        done = await load_for(address, "zipf:1.2", rate=40.0, concurrency=None, duration_s=1.0, record=first)
+        demand = served.router.report().demand
+        again = await load_for(address, f"trace:{first}", concurrency=None, duration_s=0.9, record=second)
+    assert done["requests"]["failed"] == again["requests"]["failed"] == 0  # type: ignore[index]
+    assert again["checks"]["wrong"] == 0  # type: ignore[index]
+    assert done["record"] == {"file": str(first), "tokens": done["tokens"], "left_out": 0}
+    trace = RoutingTrace(first)
+    assert trace.info.stage == "effective"
+    [(_, load_LE)] = load_matrix(trace)
+    first_s, last_s = trace.span_s
+    counted = {
+        (layer, expert): round(load_LE[row, expert] * (last_s - first_s))
+        for row, layer in enumerate(trace.info.layers)
+        for expert in np.flatnonzero(load_LE[row]).tolist()
+    }
+    assert counted == demand
+    assert 0.5 < again["requests"]["sent"] / done["requests"]["sent"] < 1.1  # type: ignore[index]
+    for layer, pairs in routed(second).items():
+        assert pairs == routed(first)[layer][: len(pairs)]
+
+
+def routed(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """(expert, weight) of all pairs of each layer."""
+    trace = RoutingTrace(path)
+    [batch] = list(trace.batches())
+    pairs = list(zip(batch.expert_P.tolist(), batch.weight_P.tolist(), strict=True))
+    return {
+        layer: [pair for pair, here in zip(pairs, batch.layer_T[batch.rows()] == row, strict=True) if here]
+        for row, layer in enumerate(trace.info.layers)
+    }
+
+
+def trace_of(path: Path, times_s: list[float], *, tokens: int = 5) -> RoutingTrace:
+    info = TraceInfo(model="m", layers=("0",), num_experts=8, num_choices=8, top_k=2)
+    with TraceWriter(path, info) as writer:
+        for number, time_s in enumerate(times_s):
+            expert_TK = np.tile(np.array([[number % 8, -1]], dtype=np.int32), (tokens, 1))
+            weight_TK = np.ones((tokens, 2), dtype=np.float32)
+            token_T = np.arange(tokens)
+            writer.write(
+                [RoutedTokens(time_s=time_s, layer="0", token_T=token_T, expert_TK=expert_TK, weight_TK=weight_TK)]
+            )
+    return RoutingTrace(path)
+
+
+def test_a_replay_has_the_trace_s_requests_in_order_and_starts_again(tmp_path: Path) -> None:
+    model = router_pb2.DescribeResponse(dim=4, num_experts=8, top_k=2, layers=["0"], dtype=common_pb2.DTYPE_FLOAT32)
+    traffic = RoutedTraffic(trace_of(tmp_path / "t.parquet", [0.0, 1.0]), model, max_tokens=3)
+    works = [traffic.next() for _ in range(6)]
+    assert [len(work.x_TD) for work in works] == [3, 2, 3, 2, 3, 2]
+    routings = [work.routing for work in works if work.routing is not None]
+    assert [int(routing.expert_TK[0, 0]) for routing in routings] == [0, 0, 1, 1, 0, 0]
+    assert routings[0].expert_TK.tolist() == [[0, -1]] * 3
+    assert routings[0].weight_TK.tolist() == [[1, 0]] * 3
+    other = router_pb2.DescribeResponse(dim=4, num_experts=4, top_k=2, layers=["0"])
+    with pytest.raises(
+        InvalidRequest, match=r"t\.parquet: is of a model with 8 experts and layers 0, the router serves 4"
+    ):
+        RoutedTraffic(trace_of(tmp_path / "t.parquet", [0.0]), other, max_tokens=3)
+
+
+def test_a_replay_has_the_trace_s_rate_over_time_or_a_multiple_of_it(tmp_path: Path) -> None:
+    trace = trace_of(tmp_path / "t.parquet", [*(i / 100 for i in range(100)), *(1 + i / 10 for i in range(10)), 2.0])
+    rate = recorded_rate(trace, max_tokens=100)
+    assert [rate(when_s) for when_s in (0.0, 0.6, 1.1, 1.6, 2.1)] == pytest.approx([100, 100, 10, 10, 100], abs=3)
+    double = recorded_rate(trace, max_tokens=100, mean=111.0)
+    assert [double(when_s) for when_s in (0.1, 0.3, 0.6, 0.9, 1.1)] == pytest.approx([200, 200, 20, 20, 200], abs=6)
 
 
 # ---------------------------------------------------------------------- rates
