@@ -113,7 +113,7 @@ def _plan(load: LoadFile, wanted: Wanted, before: Copies, limits: Sequence[int],
                 for s, limit in enumerate(limits)
             ),
             current=before,
-            min_copies=1 + min(wanted.survive, wanted.servers - 1),
+            survive=min(wanted.survive, wanted.servers - 1),
             max_moves=free_moves if wanted.max_moves is None else min(wanted.max_moves, free_moves),
             min_pairs_per_s=sys.float_info.min,
         )
