@@ -88,7 +88,8 @@ class Run:
         with deployed or nullcontext():
             told, account = perform(self._local, config, pattern, 1, story)
         found = told | {"account": account}
-        say(f"  {json.dumps({k: v for k, v in found.items() if k not in ('onsets', 'servers')}, default=str)}")
+        brief = {name: value for name, value in found.items() if name not in ("onsets", "servers", "seconds")}
+        say(f"  {json.dumps(brief, default=str)}")
         return found
 
     def calibrate(self) -> Facts:
@@ -148,7 +149,7 @@ class Run:
             partial(
                 parts.onsets_for_a_server,
                 lengths=self.lengths,
-                low_pairs_per_s=0.55 * LEAST * EMULATED_PAIRS_PER_S,
+                low_pairs_per_s=0.45 * LEAST * EMULATED_PAIRS_PER_S,
                 high_pairs_per_s=1.1 * LEAST * EMULATED_PAIRS_PER_S,
                 slo_s=self.slo_s,
             ),

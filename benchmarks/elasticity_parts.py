@@ -119,7 +119,7 @@ async def onsets_for_a_server(
         stage.offer(high_pairs_per_s)
         onsets.append(await stage.hold(lengths.after_server_s))
     await stage.drain()
-    grown = [max((n for at_s, n in stage.seen.serving if begin <= at_s < end), default=0) for begin, end in onsets]
+    grown = [max((len(b) for at_s, b in stage.seen.busy if begin <= at_s < end), default=0) for begin, end in onsets]
     return {
         **_recoveries(stage, onsets, slo_s),
         "servers_before": least,
@@ -129,13 +129,13 @@ async def onsets_for_a_server(
 
 
 async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) -> Facts:
-    """Part c: plans that load copies, one after another, at a load that needs none of them."""
+    """Part c: re-placements, loaded to their last copy, one after another, at a load that needs none of them."""
     stage.offer(pairs_per_s)
     await stage.hold(lengths.warm_up_s)
     steady = await stage.hold(lengths.steady_s)
 
     def done() -> int:
-        return len([e for e in stage.seen.events_between(steady[1], math.inf, "plan") if _loads(e)])
+        return len(stage.seen.events_between(steady[1], math.inf, "placed"))
 
     moves = 0
     while done() < lengths.replacements and moves < 3 * lengths.replacements:
@@ -149,7 +149,7 @@ async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) ->
     return {
         "offered_pairs_per_s": pairs_per_s,
         "replacements": done(),
-        "copies_loaded": sum(_loads(event) for event in stage.seen.events_between(steady[1], ended_s, "plan")),
+        "copies_loaded": sum(_loads(event) for event in stage.seen.events_between(steady[1], ended_s, "placed")),
         "hot_spot_moves": moves,
         "before": before,
         "during": during,
@@ -198,6 +198,7 @@ async def diurnal(
         "violations": [[round(begin - began_s, 2), round(end - begin, 2)] for begin, end in spans],
         "longest_violation_s": max((end - begin for begin, end in spans), default=0.0),
         "servers": _changes(stage.seen.servers, began_s),
+        "seconds": _seconds(stage, began_s, ended_s, load_at, slo_s),
     }
 
 
@@ -245,9 +246,28 @@ def _onset(stage: Stage, begin_s: float, end_s: float, slo_s: float) -> Facts:
 
 
 def _loads(event: Facts) -> int:
-    """Copies a plan event says were to be loaded."""
-    head = event["detail"].split(" ", 1)[0]
-    return int(head) if head.isdigit() else 0
+    """Copies that a plan loads."""
+    return sum(event["reasons"].values())
+
+
+def _seconds(
+    stage: Stage, begin_s: float, end_s: float, load_at: Callable[[float], float], slo_s: float
+) -> list[Facts]:
+    """What could be seen in every second of a day."""
+    rows = []
+    for second in range(int(end_s - begin_s)):
+        at_s = begin_s + second
+        busy = [shares for seen_s, shares in stage.seen.busy if at_s <= seen_s < at_s + 1 and shares]
+        rows.append(
+            {
+                "offered_pairs_per_s": round(load_at(second + 0.5)),
+                "serving": max(map(len, busy), default=None),
+                "mean_busy": round(statistics.mean(sum(b) / len(b) for b in busy), 2) if busy else None,
+                "most_busy": round(max(map(max, busy)), 2) if busy else None,
+                "goodput": round(goodput(due_between(stage.seen.outcomes, at_s, at_s + 1), slo_s), 2),
+            }
+        )
+    return rows
 
 
 def _changes(counts: list[tuple[float, int]], zero_s: float) -> list[tuple[float, int]]:

@@ -31,8 +31,8 @@ from router.client import RouterClient
 # One MoE layer, because a layer is as slow as its most loaded server: over several independent layers the hot spots
 # of one would hide in the cold spots of another.
 MODEL = {"layers": 1, "num_experts": 32, "top_k": 2, "dim": 64, "hidden_dim": 64}
-EMULATED_PAIRS_PER_S = 400.0
-TOKENS_PER_REQUEST = 8
+EMULATED_PAIRS_PER_S = 1000.0
+TOKENS_PER_REQUEST = 32
 PAIRS_PER_REQUEST = TOKENS_PER_REQUEST * MODEL["top_k"]
 BUDGET_COPIES = 24  # memory of one server: it cannot hold every expert
 SKEW = "zipf:1.2"
@@ -78,7 +78,7 @@ class Seen:
 
     outcomes: list[Outcome] = field(default_factory=list)  # in order of answers until `settle`
     servers: list[tuple[float, int]] = field(default_factory=list)  # replicas Serve runs, starts or stops
-    serving: list[tuple[float, int]] = field(default_factory=list)  # servers the placement counts on
+    busy: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)  # busy shares of the serving ones
     events: list[dict[str, Any]] = field(default_factory=list)  # of the placement, at_s on the loop's clock
 
     def settle(self) -> None:
@@ -229,7 +229,8 @@ async def _watch(name: str, local: LocalRay, seen: Seen) -> None:
         with suppress(Exception):  # Ray's and Serve's errors, and a placement that does not answer in time
             found = await asyncio.wait_for(app.status(name), 3.0)
             now_s = loop.time()
-            seen.serving.append((now_s, sum(server["state"] == "serving" for server in found["servers"])))
+            serving = [server for server in found["servers"] if server["state"] == "serving"]
+            seen.busy.append((now_s, tuple(server["busy"] for server in serving)))
             to_loop_s = now_s - time.time()
             for event in found["events"]:
                 if (event["at_s"], event["detail"]) not in known:
