@@ -6,7 +6,7 @@ level of the goal, or nothing helps. What relieves a server, best first:
 1. shares: what it computes for an expert with other copies goes to those with room. Costs nothing;
 2. one load: a whole expert moves (costs no bytes in the end), or an expert is copied and the copy carries exactly what
    is too much (costs a byte for good, so it has to be worth more);
-3. the same onto a server without free bytes, after a surplus copy there has given way, or a cold expert has moved on.
+3. a load onto a server without free bytes, where a surplus copy gives way, or two experts change places.
 
 A layer that does not reach its goal keeps only the steps that made it clearly faster; copies that it was denied for
 lack of bytes are counted.
@@ -24,9 +24,11 @@ from cluster.planner_fill import water_levels
 from cluster.planner_surplus import Copy, Evictions
 
 _COPY_WORTH = 0.9  # of a move that relieves as much: a copy costs bytes for good
-_DEAR_COPY_WORTH = 0.4  # the same for a layer that has had its part of the free bytes
-_MOVED_ON_WORTH = 0.5  # of a load into free bytes: a second load has to make room for it
+_DEAR_COPY_WORTH = 0.3  # the same for a layer that has had its part of the free bytes
+_SWAPS_TRIED = 8  # of the best, while copies are blocked
+_SWAP_WORTH = 0.5  # of a move that relieves as much: it takes two loads
 _LEAST_RELIEF = 0.02  # of the even load: less is not worth a load
+_ABOVE_GOAL = 0.002  # what is balanced is the load and a little more
 _NEAR = 0.005  # of the even load: steps that bring a layer no nearer than this to its end are left out
 _NEWCOMER = 0.25  # of the mean fill: a server that holds less should take load at once
 _TOLERANCE = 1e-9
@@ -47,7 +49,8 @@ def rebalance(draft: Draft) -> int:
     rows = rows[np.argsort(-peak_L[rows], kind="stable")]
     if not rows.size:
         return 0
-    level_L = water_levels(draft, rows.tolist(), int(draft.free_S.sum()), aim=inputs.goal)
+    aim = min(inputs.goal + _ABOVE_GOAL, 1.0)
+    level_L = water_levels(draft, rows.tolist(), int(draft.free_S.sum()), aim=aim)
     evictions, short = Evictions(draft), 0
     for place, row in enumerate(rows.tolist()):
         part = int(draft.free_S.sum()) // (len(rows) - place)
@@ -101,13 +104,20 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class _Relief:
-    """A load that takes `share` of an expert off the server to be relieved; `whole`: the copy there goes."""
+    """A load that takes `share` of an expert off the server to be relieved.
+
+    Args:
+        worth: what it relieves, less for what costs more.
+        whole: the copy there goes.
+        back: the expert that comes in exchange.
+    """
 
     worth: float
     expert: int
     server: int
     share: float
     whole: bool
+    back: int | None = None
 
 
 class _Layer:
@@ -227,29 +237,43 @@ class _Layer:
     def _best(self, server: int, level: float, enough: float) -> _Relief | None:
         """The load that helps most. Room for it is made where that helps clearly more."""
         draft, room_S = self._draft, self._room(level)
+        excess = -float(room_S[server])
         free_S = draft.free_S > 0 if self._bytes_bind else np.ones(draft.num_servers, dtype=np.bool_)
-        found = self._best_into(server, np.where(free_S, room_S, 0.0), -float(room_S[server]), enough)
-        worth = found.worth if found else 0.0
+        found = self._best_into(server, np.where(free_S, room_S, 0.0), excess, enough)
         full_S = np.where(free_S, 0.0, room_S)
         target = int(full_S.argmax())
-        possible = min(-float(room_S[server]), float(full_S[target]))
-        if possible < enough or possible * _COPY_WORTH <= worth:
-            return found
-        mark, num_loads, num_evicted = draft.mark(), len(self._loads), len(self._evicted)
-        evicted = self._evictions.make_room(target)
-        if evicted is not None:
-            self._evicted.append(evicted)
-        elif possible * _MOVED_ON_WORTH <= worth or not self._move_on(target, server, room_S):
-            return found
-        room_S = self._room(level)
-        only_S = np.zeros_like(room_S)
-        only_S[target] = room_S[target]
-        better = self._best_into(server, only_S, -float(room_S[server]), enough)
-        if better is not None and better.worth * (1 if evicted else _MOVED_ON_WORTH) > worth:
-            return better
-        draft.undo(mark)
-        del self._loads[num_loads:], self._evicted[num_evicted:]
+        possible = min(excess, float(full_S[target]))
+        if possible >= enough and possible * _COPY_WORTH > (found.worth if found else 0.0):
+            evicted = self._evictions.make_room(target)
+            if evicted is not None:
+                self._evicted.append(evicted)
+                return self._best(server, level, enough)
+        if found is None or excess * _SWAP_WORTH > found.worth:
+            swap = self._swap(server, room_S, excess, enough)
+            if swap is not None and (found is None or swap.worth > found.worth):
+                return swap
         return found
+
+    def _swap(self, server: int, room_S: Floats, excess: float, enough: float) -> _Relief | None:
+        """Two experts with one copy each change places, so that the difference is what is too much. Takes no bytes."""
+        draft, shares_E = self._draft, self._draft.shares(self._row)
+        if draft.moves_left < len(self._loads) + 2:
+            return None
+        singles = [(expert, next(iter(shares))) for expert, shares in enumerate(shares_E) if len(shares) == 1]
+        expert_N, server_N = np.array(singles, dtype=np.int64).reshape(-1, 2).T
+        weight_N = draft.weight_LE[self._row, expert_N]
+        here, there = server_N == server, server_N != server
+        off_NM = weight_N[here][:, None] - weight_N[there]
+        worth_NM = np.minimum(off_NM, excess) - (off_NM - excess).clip(0.0) * _TOLERANCE  # the least beyond is best
+        worth_NM[(off_NM < enough) | (off_NM > room_S[server_N[there]])] = 0.0
+        for place in np.argsort(-worth_NM, axis=None, kind="stable")[:_SWAPS_TRIED].tolist():
+            n, m = divmod(place, worth_NM.shape[1])
+            if worth_NM[n, m] <= 0:
+                break
+            expert, back, other = int(expert_N[here][n]), int(expert_N[there][m]), int(server_N[there][m])
+            if draft.may_hold(self._row, expert, other) and draft.may_hold(self._row, back, server):
+                return _Relief(_SWAP_WORTH * float(worth_NM[n, m]), expert, other, 1.0, True, back)
+        return None
 
     def _best_into(self, server: int, room_S: Floats, excess: float, enough: float) -> _Relief | None:
         """The load that helps most, onto servers with room (0: none). A move that is enough beats the best copy."""
@@ -258,16 +282,16 @@ class _Layer:
         if min(most, excess) < enough:
             return None
         amounts = sorted((-shares_E[expert][server] * self._weight_E[expert], expert) for expert in self._on[server])
-        copy_worth = _COPY_WORTH if int(draft.count_LE[row].sum()) < self._cheap_copies else _DEAR_COPY_WORTH
+        fitting = [(-negative, expert) for negative, expert in amounts if enough <= -negative <= most]
+        finishing = [entry for entry in reversed(fitting) if entry[0] >= excess]
         found: _Relief | None = None
-        for negative, expert in amounts:
-            amount = -negative
-            if amount < enough or (found and amount < excess):
+        for amount, expert in (*finishing, *fitting[len(finishing) :]):
+            target = self._target(expert, amount, room_S)
+            if target is not None:
+                found = _Relief(min(amount, excess), expert, target, shares_E[expert][server], True)
                 break
-            if amount <= most:
-                target = self._target(expert, amount, room_S)
-                if target is not None:
-                    found = _Relief(min(amount, excess), expert, target, shares_E[expert][server], True)
+        dear = self._bytes_bind and int(draft.count_LE[row].sum()) >= self._cheap_copies
+        copy_worth = _DEAR_COPY_WORTH if dear else _COPY_WORTH
         for negative, expert in amounts:
             weight = self._weight_E[expert]
             amount = min(excess, most, -negative - WARM_SHARE * weight)
@@ -276,36 +300,27 @@ class _Layer:
             if draft.count_LE[row, expert] < draft.most:
                 target = self._target(expert, amount, room_S)
                 if target is not None:
-                    found = _Relief(copy_worth * amount, expert, target, amount / weight, False)
+                    return _Relief(copy_worth * amount, expert, target, amount / weight, False)
         return found
 
     def _target(self, expert: int, amount: float, room_S: Floats) -> int | None:
-        """The server that `amount` of an expert fits best: of those with room the one with the most free bytes."""
+        """The server for `amount` of an expert: of those with room the one with most free bytes, then the fullest."""
         fits = np.flatnonzero(room_S >= amount - _TOLERANCE * self._even)
-        fits = fits[np.lexsort((room_S[fits], -self._draft.free_S[fits]))]
-        return next((other for other in fits.tolist() if self._draft.may_hold(self._row, expert, other)), None)
+        rank = self._draft.free_S[fits] - room_S[fits] / (2 * self._draft.total_L[self._row])
+        for place in np.argsort(-rank, kind="stable").tolist():
+            if self._draft.may_hold(self._row, expert, int(fits[place])):
+                return int(fits[place])
+        return None
 
     def _apply(self, server: int, relief: _Relief) -> None:
-        shares = dict(self._draft.shares(self._row)[relief.expert])
+        draft = self._draft
+        if relief.back is not None:
+            draft.set_shares(self._row, relief.back, {server: 1.0})
+            self._loads.append((self._row, relief.back, server))
+        shares = dict(draft.shares(self._row)[relief.expert])
         shares[server] -= relief.share
         shares[relief.server] = relief.share
         if relief.whole:
             del shares[server]
-        self._draft.set_shares(self._row, relief.expert, shares)
+        draft.set_shares(self._row, relief.expert, shares)
         self._loads.append((self._row, relief.expert, relief.server))
-
-    def _move_on(self, server: int, relieved: int, room_S: Floats) -> bool:
-        """The coldest expert of a server moves to another one with free bytes."""
-        draft, shares_E = self._draft, self._draft.shares(self._row)
-        if draft.moves_left < len(self._loads) + 2 or not self._on[server]:
-            return False
-        amount, expert = min((shares_E[expert][server] * self._weight_E[expert], expert) for expert in self._on[server])
-        others_S = np.where(draft.free_S > 0, room_S, 0.0)
-        others_S[relieved] = 0.0
-        target = self._target(expert, amount, others_S)
-        if target is None:
-            return False
-        shares = {other: share for other, share in shares_E[expert].items() if other != server}
-        draft.set_shares(self._row, expert, shares | {target: shares_E[expert][server]})
-        self._loads.append((self._row, expert, target))
-        return True

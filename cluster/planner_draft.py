@@ -7,13 +7,11 @@ so that a plan in which little happens costs little. Every change goes through `
 Shapes: L layers, E experts, S servers that may hold copies, C current copies.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 
 from cluster.messages import Key
-from cluster.planner_types import PlannerInput
+from cluster.planner_types import Copies, PlannerInput
 from cluster.steps import Reason, UnloadReason
 
 Floats = npt.NDArray[np.float64]
@@ -37,7 +35,7 @@ class Draft:
         keep: copies of an expert that are never surplus, `survive` included; `least`: without it.
         most: copies of one expert at most.
         moves_left: loads that this plan may still spend on balance and survival.
-        loads: why copies are loaded and what for, in an order in which every load finds room; the others are missing.
+        loads: why copies are loaded and what they gain, in the order they were found; the others are missing.
         unloads: why copies go that do not move.
     """
 
@@ -180,18 +178,16 @@ class Draft:
 
     # ------------------------------------------------------------------ parts
 
-    def _read(self, current: Mapping[Key, tuple]) -> None:  # type: ignore[type-arg]
+    def _read(self, current: Copies) -> None:
         """The columns of the current copies on our servers, ordered by layer, and what follows from them."""
         rows = {layer: row for row, layer in enumerate(self.inputs.layers)}
         index = self.index
-        found = [
-            (rows.get(layer, -1), expert, index.get(copy.server_id, -1), copy.share)
-            for (layer, expert), held in current.items()
-            for copy in held
-        ]
-        columns = list(zip(*found, strict=True)) or [(), (), (), ()]
-        layer_C, expert_C, server_C = (np.array(column, dtype=np.int64) for column in columns[:3])
-        share_C = np.array(columns[3], dtype=np.float64)
+        held = [copy for copies in current.values() for copy in copies]
+        times_K = [len(copies) for copies in current.values()]  # K keys
+        layer_C = np.repeat(np.array([rows.get(layer, -1) for layer, _ in current], dtype=np.int64), times_K)
+        expert_C = np.repeat(np.array([expert for _, expert in current], dtype=np.int64), times_K)
+        server_C = np.array([index.get(copy.server_id, -1) for copy in held], dtype=np.int64)
+        share_C = np.array([copy.share for copy in held], dtype=np.float64)
         known_C = (layer_C >= 0) & (expert_C < self.num_experts) & (server_C >= 0)
         self.whole = bool(known_C.all())  # every current copy may stay where it is
         cell_C = layer_C * self.num_experts + expert_C

@@ -74,12 +74,14 @@ class _Pour:
         self._weight_E = draft.weights(row)
         self._speed_S: list[float] = draft.speed_S.tolist()
         self._full_S: list[float] = [level * speed for speed in self._speed_S]
+        self._bin_E: list[int] = []
+        self._parts: dict[int, dict[int, float]] = {}  # of experts that are split: bin -> load
         self.num_splits = 0
 
     def by_load(self) -> list[Shares] | None:
         """Into the least loaded server for its speed, whatever its bytes; None if the bins do not fit then."""
         draft, speed_S = self._draft, self._speed_S
-        parts_E, used_S = self._pour(lambda server, load, _: load / speed_S[server])
+        used_S = self._pour(lambda server, load, _: load / speed_S[server])
         server_S = np.empty(draft.num_servers, dtype=np.int64)  # of each bin
         for speed in np.unique(draft.speed_S):
             like = np.flatnonzero(draft.speed_S == speed)
@@ -87,7 +89,7 @@ class _Pour:
             server_S[bins] = like[np.argsort(-draft.free_S[like], kind="stable")]
         if (used_S > draft.free_S[server_S]).any():
             return None
-        return self._shares(parts_E, server_S.tolist())
+        return self._shares(server_S.tolist())
 
     def by_slots(self, slots_S: npt.NDArray[np.float64]) -> list[Shares]:
         """Into the server that wants the most load per slot.
@@ -101,43 +103,48 @@ class _Pour:
         def rank(server: int, load: float, used: int) -> float:
             if used >= free_S[server]:
                 return math.inf
-            slots: float = max(share_S[server] - used, 0.25)
-            return (load - full_S[server]) / slots
+            return (load - full_S[server]) / max(share_S[server] - used, 0.25)
 
-        parts_E, _ = self._pour(rank)
-        return self._shares(parts_E, list(range(len(full_S))))
+        self._pour(rank)
+        return self._shares(list(range(len(full_S))))
 
-    def _pour(self, rank: Rank) -> tuple[list[dict[int, float]], npt.NDArray[np.int64]]:
-        """The load that every server takes of each expert, and how many copies a server then has."""
-        weight_E, full_S, most = self._weight_E, self._full_S, self._draft.most
+    def _pour(self, rank: Rank) -> npt.NDArray[np.int64]:
+        """Decide which bin every expert goes into, or which parts of it; returns how many copies a bin then has."""
+        weight_E, full_S = self._weight_E, self._full_S
         load_S, used_S = [0.0] * len(full_S), [0] * len(full_S)
-        parts_E: list[dict[int, float]] = [{} for _ in weight_E]
-        heap = [(rank(server, 0.0, 0), server) for server in range(len(full_S))]
+        self._bin_E, self._parts, self.num_splits = [-1] * len(weight_E), {}, 0
+        heap = [(rank(place, 0.0, 0), place) for place in range(len(full_S))]
         heapify(heap)
-        left_splits = self._may_split
-        for expert in self._experts:
-            rest, parts = weight_E[expert], parts_E[expert]
-            while True:
-                server = heap[0][1]
-                part, least = full_S[server] - load_S[server], _SMALL_PART * full_S[server]
-                part = min(part, max(rest - least, 0.0)) if rest > part * (1 + 1e-9) else rest
-                if part < least or not left_splits or len(parts) + 1 >= most:
-                    part = rest
-                parts[server] = parts.get(server, 0.0) + part
-                load_S[server] += part
-                used_S[server] += 1
-                heapreplace(heap, (rank(server, load_S[server], used_S[server]), server))
-                rest -= part
-                if rest <= 0.0:
-                    break
-                left_splits -= 1
-        self.num_splits = self._may_split - left_splits
-        return parts_E, np.array(used_S)
 
-    def _shares(self, parts_E: list[dict[int, float]], server_S: list[int]) -> list[Shares]:
-        return [
-            {server_S[place]: part / weight for place, part in parts.items()}
-            if len(parts) > 1
-            else {server_S[place]: 1.0 for place in parts}
-            for weight, parts in zip(self._weight_E, parts_E, strict=True)
-        ]
+        def take(place: int, load: float) -> None:
+            load_S[place] += load
+            used_S[place] += 1
+            heapreplace(heap, (rank(place, load_S[place], used_S[place]), place))
+
+        for expert in self._experts:
+            rest, parts = weight_E[expert], dict[int, float]()
+            while True:
+                place = heap[0][1]
+                room, least = full_S[place] - load_S[place], _SMALL_PART * full_S[place]
+                if rest <= room * (1 + 1e-9) or min(room, rest - least) < least:
+                    break
+                if self.num_splits == self._may_split or len(parts) + 1 == self._draft.most:
+                    break
+                parts[place] = min(room, rest - least)
+                rest -= parts[place]
+                self.num_splits += 1
+                take(place, parts[place])
+            take(place, rest)
+            if parts:
+                self._parts[expert] = parts | {place: parts.get(place, 0.0) + rest}
+            else:
+                self._bin_E[expert] = place
+        return np.array(used_S)
+
+    def _shares(self, server_S: list[int]) -> list[Shares]:
+        """The copies, once it is known which server every bin is."""
+        shares_E = [{server_S[place]: 1.0} if place >= 0 else {} for place in self._bin_E]
+        for expert, parts in self._parts.items():
+            weight = self._weight_E[expert]
+            shares_E[expert] = {server_S[place]: load / weight for place, load in parts.items()}
+        return shares_E

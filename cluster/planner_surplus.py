@@ -82,6 +82,7 @@ class Evictions:
                 self._copies_S[copy[2]].append(copy)
         for copy in self._copies_S[server]:
             if self._can_go(copy):
+                remove_copy(self._draft, *copy)
                 return copy
         return None
 
@@ -90,9 +91,11 @@ class Evictions:
         shares = draft.shares(row)[expert]
         if len(shares) <= draft.least or server not in shares:
             return False
-        mark, before = draft.mark(), draft.peak(row)
-        remove_copy(draft, row, expert, server)
-        if draft.peak(row) <= max(before, 1 / draft.inputs.goal) + 1e-9:
-            return True
-        draft.undo(mark)
-        return False
+        carried, rest = shares[server] * draft.weights(row)[expert], 1 - shares[server]
+        level = max(draft.peak(row), 1 / draft.inputs.goal) * draft.level_L[row]
+        for other, share in shares.items():
+            if other != server:
+                load = draft.load_LS[row, other] + carried * share / rest
+                if load > level * draft.speed_S[other] * (1 + 1e-9):
+                    return False
+        return True

@@ -65,8 +65,8 @@ class Plan:
 
     Args:
         copies: every expert that has a place; copies on draining servers are not in it.
-        steps: loads most urgent first, then unloads, then reshares. Loads of one server in this order always find
-            room in the end: none waits for bytes that only a later one gives free.
+        steps: loads most urgent first, then unloads, then reshares. Made before broken, two experts that change places
+            between full servers need room for one copy more than max_copies meanwhile.
         missing: experts without a place for lack of memory, most loaded first.
         wanted_copies: copies that balance was denied for lack of memory.
         single_copies: experts with exactly one copy.
