@@ -24,7 +24,7 @@ from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
 from cluster.scaling import BACKLOG, BUDGET, BUSY, NEEDED
 from experts.service import ExpertServer
 from protos import expert_pb2
-from protos.checkpoint import read_model
+from protos.checkpoint import Checkpoint
 from protos.services import status_method
 
 log = logging.getLogger("expertmesh.experts")
@@ -45,9 +45,11 @@ class ExpertServerReplica:
         log_to_serve()
         self._config = config
         self._placement = direct(placement)
-        self._spec = read_model(Path(config.model))
+        checkpoint = Checkpoint.open(Path(config.model))
         server_id = serve.get_replica_context().replica_id.unique_id
-        self._server = ExpertServer(self._spec, config.experts.settings, server_id=server_id)
+        self._server = ExpertServer(
+            checkpoint.spec, config.experts.settings, server_id=server_id, checkpoint=checkpoint
+        )
         address = self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         report = self._server.report()
         self._copy_bytes = self._server.copy_bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experts.config import ExpertServerConfig
 from experts.service import ExpertServer
-from protos.checkpoint import read_model
+from protos.checkpoint import Checkpoint
 from protos.errors import ExpertmeshError, InvalidRequest
 from protos.loops import wait_for_end
 from protos.model import ModelSpec
@@ -43,9 +43,10 @@ def main() -> int:
     parser.add_argument("--config", default="{}", help="ExpertServerConfig as JSON")
     args = parser.parse_args()
     try:
-        spec = read_model(args.model)
+        checkpoint = Checkpoint.open(args.model)
+        spec = checkpoint.spec
         config = ExpertServerConfig.model_validate_json(args.config)
-        server = ExpertServer(spec, config, server_id=args.server_id)
+        server = ExpertServer(spec, config, server_id=args.server_id, checkpoint=checkpoint)
         copies = parse_copies(args.copies, spec)
         server.load(copies)
         address = server.start(args.host, args.port)

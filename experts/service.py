@@ -57,9 +57,12 @@ class ExpertServer:
         spec: the model.
         config: budgets and compute settings.
         server_id: unique per process.
+        checkpoint: of that model, where it is open already.
     """
 
-    def __init__(self, spec: ModelSpec, config: ExpertServerConfig, *, server_id: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, config: ExpertServerConfig, *, server_id: str, checkpoint: Checkpoint | None = None
+    ) -> None:
         keep_freed_memory()
         limit_torch_threads(config.compute_threads)
         device = torch.device(config.device if config.device != "auto" else _best_device())
@@ -76,7 +79,8 @@ class ExpertServer:
             packed=config.weight_dtype != "compute",
         )
         packed = None if config.weight_dtype == "compute" else config.weight_dtype
-        self._shard = ExpertShard(spec, Checkpoint(spec), device, self._dtype, config.budget_bytes, packed)
+        checkpoint = checkpoint or Checkpoint(spec)
+        self._shard = ExpertShard(spec, checkpoint, device, self._dtype, config.budget_bytes, packed)
         self._batcher: Batcher[_Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
         self._loader = CopyLoader(self._shard, self._is_busy)
         self._sender = CopySender(self._shard, self._is_busy)

@@ -693,6 +693,13 @@ def test_a_file_replaced_under_us_is_an_error_and_not_a_crash(
     assert checkpoint.bytes_read == 0
 
 
+def test_opening_in_one_step_gives_the_same_checkpoint(tiny_mixtral: Path) -> None:
+    spec, opened = read_model(tiny_mixtral), Checkpoint.open(tiny_mixtral)
+    assert opened.spec == spec
+    assert opened.expert_extents("1", 3) == Checkpoint(spec).expert_extents("1", 3)
+    assert opened.fingerprint == Checkpoint(spec).fingerprint
+
+
 def test_a_directory_that_changed_since_the_spec_was_read_is_refused(tmp_path: Path) -> None:
     spec = read_model(tiny_model("deepseek_v3", tmp_path, dtype="bfloat16"))
     tiny_model("deepseek_v3", tmp_path, dtype="float32")
