@@ -1,4 +1,4 @@
-"""The Serve application: `Router` (ingress), `ExpertServer` and `Placement`, built from one config.
+"""The Serve application: `Router` (ingress), `Placement` and a deployment for each pool of expert servers.
 
 `serve run cluster.app:build model=DIR`, `serve deploy` and a KubeRay RayService all start from `build`.
 """
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, PoolConfig
 from cluster.expert_replica import ExpertServerReplica
 from cluster.placement import Placement
 from cluster.pulling import direct
+from cluster.relay import FollowTarget, PublishTargets
 from cluster.router_replica import RouterReplica
 from protos.checkpoint import read_model
 from protos.errors import Unavailable
@@ -25,6 +26,7 @@ PLACEMENT, EXPERT_SERVER, ROUTER = "Placement", "ExpertServer", "Router"
 
 # Calls in flight at a replica are heartbeats and long polls: Serve's default patience of 2 s helps nobody.
 _SHUTDOWN_WAIT_LOOP_S = 0.1
+_REPORT_S = 0.5  # what servers report to Serve is for its dashboard and for other policies: ours does not read it
 _LOGGING = {"log_level": "INFO", "enable_access_log": False}  # or every heartbeat would be a line
 
 
@@ -40,7 +42,7 @@ def build(args: ClusterConfig) -> Application:
     read_model(Path(args.model))  # refuse here, in one line, what would fail in every replica
     placement = serve.deployment(
         name=PLACEMENT,
-        num_replicas=1,
+        autoscaling_config=_publishing(args),
         max_ongoing_requests=10_000,  # every server and router keeps a long poll open
         ray_actor_options={"num_cpus": 0.1},
         health_check_period_s=2,
@@ -49,19 +51,6 @@ def build(args: ClusterConfig) -> Application:
         graceful_shutdown_wait_loop_s=_SHUTDOWN_WAIT_LOOP_S,
         logging_config=_LOGGING,
     )(Placement)
-    experts = serve.deployment(
-        name=EXPERT_SERVER,
-        autoscaling_config=_autoscaling(args),
-        max_ongoing_requests=100,
-        ray_actor_options={"num_cpus": args.experts.num_cpus, "num_gpus": args.experts.num_gpus},
-        health_check_period_s=2,
-        health_check_timeout_s=5,
-        graceful_shutdown_timeout_s=args.experts.drain_timeout_s + 10,
-        graceful_shutdown_wait_loop_s=_SHUTDOWN_WAIT_LOOP_S,
-        logging_config=_LOGGING,
-    )(ExpertServerReplica)
-    if args.experts.max_servers_per_node is not None:
-        experts = experts.options(max_replicas_per_node=args.experts.max_servers_per_node)
     router = serve.deployment(
         name=ROUTER,
         num_replicas=args.router.num_replicas,
@@ -74,30 +63,57 @@ def build(args: ClusterConfig) -> Application:
         logging_config=_LOGGING,
     )(RouterReplica)
     placement_node = placement.bind(args)
-    return router.bind(args, placement_node, experts.bind(args, placement_node))
+    pools = [_pool_deployment(args, pool).bind(args, pool.name, placement_node) for pool in args.all_pools]
+    return router.bind(args, placement_node, pools)
 
 
-def _autoscaling(args: ClusterConfig) -> AutoscalingConfig:
-    pool, scaling = args.experts, args.scaling
+def deployment_name(config: ClusterConfig, pool: PoolConfig) -> str:
+    """What Serve calls a pool's deployment."""
+    return f"{EXPERT_SERVER}-{pool.name}" if config.pools else EXPERT_SERVER
+
+
+def _pool_deployment(args: ClusterConfig, pool: PoolConfig) -> Deployment:
+    found = serve.deployment(
+        name=deployment_name(args, pool),
+        autoscaling_config=_autoscaling(args, pool),
+        max_ongoing_requests=100,
+        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "resources": pool.resources},
+        health_check_period_s=2,
+        health_check_timeout_s=5,
+        graceful_shutdown_timeout_s=pool.drain_timeout_s + 10,
+        graceful_shutdown_wait_loop_s=_SHUTDOWN_WAIT_LOOP_S,
+        logging_config=_LOGGING,
+    )(ExpertServerReplica)
+    return (
+        found if pool.max_servers_per_node is None else found.options(max_replicas_per_node=pool.max_servers_per_node)
+    )
+
+
+def _publishing(args: ClusterConfig) -> AutoscalingConfig:
+    """One placement; Serve has it report how many servers every pool needs."""
+    return AutoscalingConfig(
+        min_replicas=1,
+        initial_replicas=1,
+        max_replicas=1,
+        metrics_interval_s=args.scaling.metrics_interval_s,
+        look_back_period_s=5 * args.scaling.metrics_interval_s,
+        policy=AutoscalingPolicy(policy_function=PublishTargets),  # type: ignore[no-untyped-call]
+    )
+
+
+def _autoscaling(args: ClusterConfig, pool: PoolConfig) -> AutoscalingConfig:
+    """The pool has as many replicas as the placement says, within its bounds."""
     return AutoscalingConfig(
         min_replicas=pool.min_servers,
         initial_replicas=pool.min_servers,
         max_replicas=pool.max_servers,
-        # The policy keeps its own time: Serve's delays would come on top.
+        # The placement keeps its own time: Serve's delays would come on top.
         upscale_delay_s=0,
         downscale_delay_s=0,
-        metrics_interval_s=scaling.metrics_interval_s,
-        look_back_period_s=scaling.look_back_s,
+        metrics_interval_s=_REPORT_S,
+        look_back_period_s=2 * _REPORT_S,
         policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
-            policy_function="cluster.scaling:ScalingPolicy",
-            policy_kwargs={
-                "min_servers": pool.min_servers,
-                "max_servers": pool.max_servers,
-                "target_busy": scaling.target_busy,
-                "upscale_busy": scaling.upscale_busy,
-                "drain_backlog_s": scaling.drain_backlog_s,
-                "downscale_delay_s": scaling.downscale_delay_s,
-            },
+            policy_function=FollowTarget, policy_kwargs={"pool": pool.name}
         ),
     )
 
@@ -139,7 +155,7 @@ async def wait_until_ready(name: str, *, timeout_s: float) -> dict[str, Any]:
 
 def _is_ready(found: dict[str, Any]) -> bool:
     current = bool(found["routers"]) and all(router["epoch"] == found["epoch"] for router in found["routers"])
-    return found["settled"] and not found["missing_experts"] and current
+    return bool(found["settled"] and current and (found["cold_allowed"] or not found["missing_experts"]))
 
 
 async def status(name: str) -> dict[str, Any]:

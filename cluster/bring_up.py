@@ -47,11 +47,11 @@ def bring_up(
 def missing_to_be_ready(found: dict[str, Any], config: ClusterConfig) -> str:
     """What a status says is missing before the cluster can serve every request, "" if nothing."""
     serving = sum(server["state"] == "serving" for server in found["servers"])
-    if serving < config.experts.min_servers:
-        return f"{serving} of {config.experts.min_servers} expert servers"
+    if serving < config.min_servers:
+        return f"{serving} of {config.min_servers} expert servers"
     if not found["settled"]:
         return "the placement waits for its servers to report"
-    if found["missing_experts"]:
+    if found["missing_experts"] and not found["cold_allowed"]:
         reasons = [event["detail"] for event in found["events"] if event["kind"] in ("load_failed", "memory")]
         why = f": {reasons[-1]}" if reasons else ""
         return f"{len(found['missing_experts'])} experts without a live copy{why}"

@@ -1,4 +1,4 @@
-"""One YAML file describes a cluster: the model, the routers, the pool of expert servers, the placement."""
+"""One YAML file describes a cluster: the model, the routers, the pools of expert servers, the placement."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -42,32 +42,67 @@ class RouterPoolConfig(_Config):
         return self
 
 
-class PoolConfig(_Config):
-    """The expert servers: how many, on what, and how they work."""
+_SHORT = {"min": "min_servers", "max": "max_servers"}
+_SHORT_SETTINGS = ("weight_dtype", "budget_bytes")
 
-    min_servers: int = Field(default=2, ge=1, description="expert servers at least; two survive the loss of one")
+
+class PoolConfig(_Config):
+    """Expert servers of one kind: how many, on what, and how they work.
+
+    `min` and `max` are short for min_servers and max_servers, `budget_bytes` and `weight_dtype` for those of settings.
+    """
+
+    name: str = Field(
+        default="default", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="what status and log lines call it"
+    )
+    min_servers: int = Field(
+        default=2,
+        ge=0,
+        description="expert servers at least; two survive the loss of one, 0 lets all go when nobody asks",
+    )
     max_servers: int = Field(default=4, ge=1, description="expert servers at most")
     num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for one server; 0 computes on CPU")
     num_cpus: float = Field(default=0.5, ge=0, description="CPU cores that Ray reserves for one server")
+    resources: dict[str, float] = Field(
+        default={}, description="custom resources that Ray reserves for one server, to choose its kind of node"
+    )
     max_servers_per_node: int | None = Field(
         default=None, ge=1, le=100, description="servers on one node at most; 1 makes a node's loss cost one server"
     )
     drain_timeout_s: float = Field(
         default=20.0, gt=0, description="seconds a leaving server waits for others to take over its copies"
     )
+    speed: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="speed of one server relative to the other pools': hot experts go to the fast; null is measured",
+    )
+    cost: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="cost of one server relative to the other pools': the pool that gives most for it grows first",
+    )
     settings: ExpertServerConfig = Field(default=ExpertServerConfig(), description="how one expert server works")
 
     @model_validator(mode="before")
     @classmethod
-    def _weight_dtype_beside_the_settings(cls, data: Any) -> Any:
-        """`experts.weight_dtype` is short for `experts.settings.weight_dtype`: it decides the size of the fleet."""
-        if not isinstance(data, dict) or "weight_dtype" not in data:
+    def _short_forms(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
             return data
+        found = {name: value for name, value in data.items() if name not in (*_SHORT, *_SHORT_SETTINGS)}
+        for short, name in _SHORT.items():
+            if short in data and data.get(name, data[short]) != data[short]:
+                raise ValueError(f"{short} is given as {data[short]} and {name} as {data[name]}: they are the same")
+            if short in data:
+                found[name] = data[short]
         settings = data.get("settings") or {}
-        if not isinstance(settings, dict) or settings.get("weight_dtype", data["weight_dtype"]) != data["weight_dtype"]:
-            raise ValueError("weight_dtype is given here and, with another value, in settings")
-        rest = {name: value for name, value in data.items() if name != "weight_dtype"}
-        return rest | {"settings": settings | {"weight_dtype": data["weight_dtype"]}}
+        for name in [name for name in _SHORT_SETTINGS if name in data]:
+            if not isinstance(settings, dict) or settings.get(name, data[name]) != data[name]:
+                raise ValueError(f"{name} is given here and, with another value, in settings")
+            settings = settings | {name: data[name]}
+        return found | ({"settings": settings} if "settings" in data or settings else {})
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
@@ -138,27 +173,24 @@ class PlacementConfig(_Config):
 class ScalingConfig(_Config):
     """When the pool grows and shrinks."""
 
-    target_busy: float = Field(default=0.6, gt=0, le=1, description="mean busy share of the servers to aim for")
+    target_busy: float = Field(default=0.6, gt=0, le=1, description="busy share to aim for when servers are added")
     upscale_busy: float = Field(
-        default=0.8, gt=0, le=1, description="mean busy share from which servers are added; the gap keeps it steady"
+        default=0.8, gt=0, le=1, description="busy share from which servers are added; the gap keeps it steady"
     )
-    drain_backlog_s: float = Field(default=1.0, gt=0, description="seconds in which a backlog should be worked off")
+    drain_backlog_s: float = Field(
+        default=2.0, gt=0, description="seconds in which a backlog should be worked off; a server's start takes as long"
+    )
     downscale_delay_s: float = Field(
         default=30.0, ge=0, description="seconds the need must have been lower before servers go"
     )
     metrics_interval_s: float = Field(
-        default=0.1, gt=0, description="seconds between a server's load reports to Serve; decides how fast it reacts"
+        default=0.05, gt=0, description="seconds between the placement's decisions and their reports to Serve"
     )
-    look_back_s: float = Field(default=0.3, gt=0, description="seconds over which Serve averages those reports")
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> Self:
         if self.upscale_busy < self.target_busy:
             raise ValueError(f"upscale_busy ({self.upscale_busy}) is below target_busy ({self.target_busy})")
-        if self.look_back_s <= self.metrics_interval_s:
-            raise ValueError(
-                f"look_back_s ({self.look_back_s}) must be above metrics_interval_s ({self.metrics_interval_s})"
-            )
         return self
 
 
@@ -170,9 +202,50 @@ class ClusterConfig(_Config):
         default="expertmesh", pattern=r"^[A-Za-z0-9_-]+$", description="Serve application; one per cluster and model"
     )
     router: RouterPoolConfig = Field(default=RouterPoolConfig(), description="the routers")
-    experts: PoolConfig = Field(default=PoolConfig(), description="the expert servers")
+    experts: PoolConfig = Field(default=PoolConfig(), description="the expert servers, where all are of one kind")
+    pools: tuple[PoolConfig, ...] = Field(
+        default=(),
+        description="the expert servers of several kinds, in place of experts; each has the fields of experts",
+    )
     placement: PlacementConfig = Field(default=PlacementConfig(), description="what lives where")
     scaling: ScalingConfig = Field(default=ScalingConfig(), description="how many servers")
+
+    @property
+    def all_pools(self) -> tuple[PoolConfig, ...]:
+        """Every pool of expert servers, in order."""
+        return self.pools or (self.experts,)
+
+    @property
+    def min_servers(self) -> int:
+        """Expert servers at least, over all pools."""
+        return sum(pool.min_servers for pool in self.all_pools)
+
+    @property
+    def weight_dtype(self) -> str:
+        """How every pool keeps its weights: an answer must not depend on who computed it."""
+        return self.all_pools[0].settings.weight_dtype
+
+    def pool(self, name: str) -> PoolConfig:
+        """The pool of that name; a KeyError names what there is."""
+        found = {pool.name: pool for pool in self.all_pools}
+        if name not in found:
+            raise KeyError(f"no pool {name!r} (there are: {', '.join(found)})")
+        return found[name]
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Self:
+        if self.pools and self.experts != PoolConfig():
+            raise ValueError("experts and pools are both given: list every kind of server in pools")
+        names = [pool.name for pool in self.pools]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"pools: two of them are named {twice[0]!r}")
+        if len({pool.settings.weight_dtype for pool in self.pools}) > 1:
+            kinds = ", ".join(f"{pool.name}: {pool.settings.weight_dtype}" for pool in self.pools)
+            raise ValueError(f"pools differ in weight_dtype ({kinds}): an answer must not depend on who computed it")
+        if len({pool.speed is None for pool in self.pools}) > 1:
+            silent = next(pool.name for pool in self.pools if pool.speed is None)
+            raise ValueError(f"pools: speed is given for some, but not for {silent!r}: give it for all or for none")
+        return self
 
 
 def load_config(path: Path, *, model: str | None = None) -> ClusterConfig:

@@ -19,9 +19,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ClusterConfig
+from cluster.demand import Pace
 from cluster.messages import Assignment, Key, ServerBeat, ServerHello
 from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
-from cluster.scaling import BACKLOG, BUDGET, BUSY, NEEDED
+from cluster.scaling import BACKLOG, BUSY
 from experts.service import ExpertServer
 from protos import expert_pb2
 from protos.checkpoint import Checkpoint
@@ -38,18 +39,18 @@ class ExpertServerReplica:
 
     Args:
         config: the cluster's.
+        pool: name of the pool this server belongs to.
         placement: handle of the `Placement` deployment.
     """
 
-    def __init__(self, config: ClusterConfig, placement: DeploymentHandle[Any]) -> None:
+    def __init__(self, config: ClusterConfig, pool: str, placement: DeploymentHandle[Any]) -> None:
         log_to_serve()
         self._config = config
+        self._pool = config.pool(pool)
         self._placement = direct(placement)
         checkpoint = Checkpoint.open(Path(config.model))
         server_id = serve.get_replica_context().replica_id.unique_id
-        self._server = ExpertServer(
-            checkpoint.spec, config.experts.settings, server_id=server_id, checkpoint=checkpoint
-        )
+        self._server = ExpertServer(checkpoint.spec, self._pool.settings, server_id=server_id, checkpoint=checkpoint)
         address = self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         report = self._server.report()
         self._copy_bytes = self._server.copy_bytes
@@ -59,7 +60,7 @@ class ExpertServerReplica:
             node=ray.get_runtime_context().get_node_id()[-8:],
             pid=report.pid,
             max_copies=report.budget_bytes // self._copy_bytes,
-            speed=report.emulated_tokens_per_s or 1.0,
+            pool=pool,
         )
         self._warm: frozenset[Key] = frozenset()  # loaded and run once; the server may hold more for a moment
         self._failed: dict[Key, str] = {}
@@ -67,8 +68,7 @@ class ExpertServerReplica:
         self._applied = 0
         self._seq = 0
         self._epoch = 0
-        self._needed_bytes = 0
-        self._pace = _Pace()
+        self._pace = Pace()
         self._applying = asyncio.Lock()
         self._news = asyncio.Event()  # a new assignment
         self._beat_now = asyncio.Event()
@@ -80,14 +80,9 @@ class ExpertServerReplica:
     # ------------------------------------------------------------------ Serve's hooks
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `cluster.scaling` decides on."""
-        report = self._server.report()
-        return {
-            BUSY: report.busy_share,
-            BACKLOG: report.queue_tokens / self._pace.capacity if self._pace.capacity else 0.0,
-            NEEDED: float(self._needed_bytes),
-            BUDGET: float(self._hello.max_copies * self._copy_bytes),  # what fits in whole copies
-        }
+        """For other policies than ours (see `cluster.relay`), and for Serve's metrics."""
+        report, capacity = self._server.report(), self._pace.capacity
+        return {BUSY: report.busy_share, BACKLOG: report.queue_tokens / capacity if capacity else 0.0}
 
     async def check_health(self) -> None:
         """Healthy: the data path answers and the control tasks run."""
@@ -109,7 +104,7 @@ class ExpertServerReplica:
 
     async def _leave(self, server_id: str) -> None:
         try:
-            async with asyncio.timeout(self._config.experts.drain_timeout_s):
+            async with asyncio.timeout(self._pool.drain_timeout_s):
                 while True:  # the placement may be restarting
                     try:
                         await answer(self._placement.drain.remote(server_id))
@@ -133,7 +128,7 @@ class ExpertServerReplica:
                 await self._register()
             return
         report, failed = self._server.report(), dict(self._failed)
-        pairs_per_s = self._pace.measure(sum(report.tokens.values()), report.busy_share, time.monotonic())
+        self._pace.observe(sum(report.tokens.values()), report.busy_share, time.monotonic())
         self._seq += 1
         beat = ServerBeat(
             server_id=report.server_id,
@@ -145,7 +140,8 @@ class ExpertServerReplica:
             budget_bytes=report.budget_bytes,
             queue_tokens=report.queue_tokens,
             busy_share=report.busy_share,
-            pairs_per_s=pairs_per_s,
+            pairs_per_s=self._pace.rate,
+            capacity_pairs_per_s=report.emulated_tokens_per_s or self._pace.capacity,
             loaded={source: asdict(totals) for source, totals in report.loaded.items()},
         )
         reply = await answer(self._placement.beat_server.remote(beat))
@@ -154,7 +150,7 @@ class ExpertServerReplica:
             self._beat_now.set()
             return
         self._failed = {key: reason for key, reason in self._failed.items() if key not in failed}
-        self._epoch, self._needed_bytes = reply.epoch, reply.needed_bytes
+        self._epoch = reply.epoch
 
     async def _register(self) -> None:
         self._seq += 1
@@ -235,23 +231,3 @@ class ExpertServerReplica:
             if time.monotonic() > end_s:
                 break
         return frozenset(loaded), {}
-
-
-class _Pace:
-    """How many routed pairs per second the server computes, and could compute if it were always busy."""
-
-    def __init__(self) -> None:
-        self.capacity = 0.0
-        self._tokens = 0
-        self._at_s: float | None = None
-
-    def measure(self, tokens: int, busy_share: float, now_s: float) -> float:
-        """Pairs per second since the last call, from a counter that unloads may lower."""
-        before_s, before, self._at_s, self._tokens = self._at_s, self._tokens, now_s, tokens
-        if before_s is None or now_s <= before_s:
-            return 0.0
-        rate = max(tokens - before, 0) / (now_s - before_s)
-        if rate and busy_share > 0.2:
-            now = rate / busy_share
-            self.capacity = now if not self.capacity else 0.8 * self.capacity + 0.2 * now
-        return rate

@@ -274,7 +274,7 @@ class Fleet:
             server.released = released
 
     def _settle(self, now_s: float) -> None:
-        if self.settled or not self._servers:
+        if self.settled or (not self._servers and self._expected):
             return
         if self._first_seen_s is None:
             self._first_seen_s = now_s

@@ -23,8 +23,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -52,6 +53,7 @@ class NodeScaling:
     max_nodes: int
     cpus_per_node: int = 1
     gpus_per_node: int = 1
+    resources: Mapping[str, float] = field(default_factory=dict)  # custom ones, of one node
     idle_s: float = 5.0  # a node without work goes after this long
 
 
@@ -87,11 +89,17 @@ class LocalRay:
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
-def start_ray(*, num_cpus: int, num_gpus: int = 0, nodes: NodeScaling | None = None) -> LocalRay:
+def start_ray(
+    *,
+    num_cpus: int,
+    num_gpus: int = 0,
+    resources: Mapping[str, float] = MappingProxyType({}),
+    nodes: NodeScaling | None = None,
+) -> LocalRay:
     """Start a head node on this machine.
 
     Args:
-        num_cpus, num_gpus: what the head node says it has; GPUs need not exist.
+        num_cpus, num_gpus, resources: what the head node says it has; GPUs need not exist.
         nodes: worker nodes by demand; None for the head alone.
 
     Raises:
@@ -103,6 +111,7 @@ def start_ray(*, num_cpus: int, num_gpus: int = 0, nodes: NodeScaling | None = N
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"),
         f"--node-ip-address={host}",
         *(f"--temp-dir={temp_dir}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"),
+        f"--resources={json.dumps(dict(resources))}",
         *("--include-dashboard=false", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
         *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={_free_port()}"),
     ]
@@ -198,7 +207,12 @@ def _environment(inherited: Mapping[str, str], *, autoscaling: bool) -> dict[str
 
 def _autoscaler_config(gcs_address: str, num_cpus: int, num_gpus: int, nodes: NodeScaling) -> dict[str, Any]:
     """What the missing example.yaml would say."""
-    worker = {"CPU": nodes.cpus_per_node, "GPU": nodes.gpus_per_node, "object_store_memory": _OBJECT_STORE_BYTES}
+    worker: dict[str, float] = {
+        "CPU": nodes.cpus_per_node,
+        "GPU": nodes.gpus_per_node,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+    worker |= nodes.resources
     return {
         "cluster_name": "expertmesh",
         "max_workers": nodes.max_nodes,

@@ -15,9 +15,9 @@ class ServerHello:
     node: str
     pid: int
     max_copies: int  # what fits into its byte budget
-    speed: float = 1.0  # relative to its peers
-    draining: bool = False
     pool: str = "default"
+    speed: float = 1.0  # relative to the other servers of its pool
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +59,16 @@ class ServerBeat:
     budget_bytes: int
     queue_tokens: int  # routed pairs waiting or running
     busy_share: float  # of the last second
-    pairs_per_s: float  # computed, since the last beat
+    pairs_per_s: float  # computed, over the last second
+    capacity_pairs_per_s: float  # what it would compute if it were always busy; 0: not known yet
     loaded: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerReply:
-    """The placement's answer to a heartbeat; `needed_bytes` is what the whole pool has to hold (for scaling)."""
+    """The placement's answer to a heartbeat."""
 
     epoch: int
-    needed_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,3 +87,4 @@ class RouterBeat:
     p50_s: float
     p99_s: float
     tokens_per_s: float
+    queued_tokens: int  # accepted and not yet answered

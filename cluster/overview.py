@@ -59,8 +59,10 @@ def hottest(spec: ModelSpec, table: PlacementTable, load_LE: npt.NDArray[np.floa
     return found
 
 
-def server_line(hello: ServerHello, beat: ServerBeat | None, *, draining: bool, loading: int) -> dict[str, Any]:
-    """One server. `loading`: copies it was asked for and has not reported."""
+def server_line(
+    hello: ServerHello, beat: ServerBeat | None, *, draining: bool, loading: int, speed: float
+) -> dict[str, Any]:
+    """One server. `loading`: copies it was asked for and has not reported; `speed`: what the planner counts with."""
     return {
         "id": hello.server_id,
         "pool": hello.pool,
@@ -68,7 +70,7 @@ def server_line(hello: ServerHello, beat: ServerBeat | None, *, draining: bool, 
         "pid": hello.pid,
         "grpc": hello.address,
         "state": "draining" if draining else "serving",
-        "speed": hello.speed,
+        "speed": speed,
         "copies": len(beat.held) if beat else 0,
         "loading": loading,
         "bytes": beat.bytes if beat else 0,

@@ -26,6 +26,7 @@ from cluster.messages import Assignment, Key, RouterBeat, ServerBeat, ServerHell
 from cluster.metrics import Metrics
 from cluster.overview import copies_by_count, demand_line, hottest, layer_balance, router_lines, server_line
 from cluster.planner import PlannerInput, PlannerServer, plan
+from cluster.pools import Pools
 from cluster.pulling import log_to_serve
 from cluster.steps import Load
 from protos import expert_pb2
@@ -53,7 +54,7 @@ class Placement:
         self._spec = spec = read_model(Path(config.model))
         self._fleet = Fleet(
             num_experts=spec.num_experts,
-            expected_servers=config.experts.min_servers,
+            expected_servers=config.min_servers,
             dead_after_s=knobs.dead_after_s,
             settle_s=knobs.settle_s,
             load_bytes_per_s=knobs.load_bytes_per_s,
@@ -61,6 +62,7 @@ class Placement:
         self._window = LoadWindow(spec.layers, spec.num_experts, rise_s=knobs.load_rise_s, fall_s=knobs.load_fall_s)
         self._beats: dict[str, ServerBeat] = {}
         self._routers: dict[str, RouterBeat] = {}
+        self._pools = Pools(config, num_experts=len(spec.layers) * spec.num_experts, top_k=spec.top_k)
         self._missing: tuple[Key, ...] = ()
         self._wanted_copies = 0
         self._mass_at_risk = 0.0
@@ -80,6 +82,7 @@ class Placement:
     ) -> Assignment:
         """A server process joins, or comes back."""
         self._fleet.copy_bytes = max(self._fleet.copy_bytes, copy_bytes)
+        self._pools.joined(hello)
         with self._acting(replan=True):
             found = self._fleet.register(hello, held=held, highest_epoch=highest_epoch, seq=seq, now_s=time.monotonic())
         self._note("server_joined", f"{hello.server_id} on {hello.node}, holding {len(held)} copies")
@@ -98,10 +101,12 @@ class Placement:
             )
         for (layer, expert), reason in beat.failed.items():
             self._note("load_failed", f"expert {expert} of layer {layer} on {beat.server_id}: {reason}")
-        if not known:
+        hello = self._hello(beat.server_id)
+        if not known or hello is None:
             return None
         self._beats[beat.server_id] = beat
-        return ServerReply(epoch=self._fleet.epoch, needed_bytes=self._needed_bytes())
+        self._pools.beat_server(hello, beat, time.monotonic())
+        return ServerReply(epoch=self._fleet.epoch)
 
     async def poll_assignment(self, server_id: str, version: int, timeout_s: float) -> Assignment | None:
         """The server's assignment as soon as its version is another; None asks the server to register."""
@@ -137,6 +142,7 @@ class Placement:
             )
         before = self._routers.get(beat.router_id)
         self._window.count(beat.router_id, beat.demand, time.monotonic())
+        self._pools.beat_router(beat.router_id, sum(beat.demand.values()), beat.queued_tokens, time.monotonic())
         self._routers[beat.router_id] = beat
         if before is not None and self._asks_for_absent(before.demand, beat.demand):
             self._replan.set()
@@ -171,6 +177,7 @@ class Placement:
             "name": self._config.name,
             "epoch": fleet.epoch,
             "settled": fleet.settled,
+            "cold_allowed": self._knobs.min_copies == 0,  # experts without a copy are no fault
             "placement": {"node": ray.get_runtime_context().get_node_id()[-8:], "pid": os.getpid()},
             "router": {
                 "grpc": routers[0].address if routers else None,
@@ -179,6 +186,7 @@ class Placement:
             },
             "routers": router_lines(routers),
             "servers": self._server_lines(),
+            "pools": self._pools.status(fleet.servers),
             "experts": hottest(spec, fleet.table, load_LE),
             "single_copy_experts": copies_by_count(spec, fleet, 1),
             "missing_experts": copies_by_count(spec, fleet, 0),
@@ -193,6 +201,18 @@ class Placement:
         """The application is about to be deleted: servers need not wait for others to take over."""
         with self._acting():
             self._fleet.close(time.monotonic())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook: how many servers every pool is to have (see `cluster.relay`), decided at this moment."""
+        for change in self._pools.decide(
+            servers=self._fleet.servers,
+            routers=self._fleet.routers,
+            load_LE=self._window.rates(),
+            denied_copies=self._wanted_copies,
+            now_s=time.monotonic(),
+        ):
+            self._journal.note("scaling", epoch=self._fleet.epoch, **change)
+        return self._pools.numbers()
 
     async def check_health(self) -> None:
         """Serve's hook: the planning task must be alive."""
@@ -233,7 +253,7 @@ class Placement:
         self._window.forget(alive)
         self._measure(now_s)
         self._routers = {router_id: beat for router_id, beat in self._routers.items() if router_id in alive}
-        if not self._fleet.settled:
+        if not self._fleet.settled or not self._fleet.servers:
             return
         found = await asyncio.to_thread(plan, self._planner_input())
         self._wanted_copies = found.wanted_copies
@@ -260,7 +280,7 @@ class Placement:
                 PlannerServer(
                     server_id=hello.server_id,
                     max_copies=hello.max_copies - slot,
-                    speed=hello.speed,
+                    speed=self._pools.speed(hello),
                     draining=self._fleet.is_draining(hello.server_id),
                 )
                 for hello in self._fleet.servers
@@ -284,10 +304,6 @@ class Placement:
         if len(held) == len(self._spec.layers) * self._spec.num_experts:
             return False
         return any(key not in held and pairs > before.get(key, 0) for key, pairs in after.items())
-
-    def _needed_bytes(self) -> int:
-        experts = len(self._spec.layers) * self._spec.num_experts
-        return (experts * self._knobs.min_copies + self._wanted_copies) * self._fleet.copy_bytes
 
     async def _probe(self, hello: ServerHello) -> bool:
         """Whether that very process still answers. One that only hangs counts as gone once it also missed beats."""
@@ -317,13 +333,14 @@ class Placement:
                 self._beats.get(hello.server_id),
                 draining=self._fleet.is_draining(hello.server_id),
                 loading=self._fleet.loading(hello.server_id),
+                speed=self._pools.speed(hello),
             )
             for hello in self._fleet.servers
         ]
 
     def _balance(self, load_LE: npt.NDArray[np.float64]) -> dict[str, float]:
         speeds = {
-            hello.server_id: hello.speed
+            hello.server_id: self._pools.speed(hello)
             for hello in self._fleet.servers
             if not self._fleet.is_draining(hello.server_id)
         }

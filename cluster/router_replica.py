@@ -35,15 +35,17 @@ class RouterReplica:
     Args:
         config: the cluster's.
         placement: handle of the `Placement` deployment.
-        experts: handle of the `ExpertServer` deployment; tokens go to its servers directly, but what an application's
+        pools: handles of the pools' deployments; tokens go to their servers directly, but what an application's
             ingress does not refer to is not deployed.
     """
 
-    def __init__(self, config: ClusterConfig, placement: DeploymentHandle[Any], experts: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, config: ClusterConfig, placement: DeploymentHandle[Any], pools: list[DeploymentHandle[Any]]
+    ) -> None:
         log_to_serve()
         self._config = config
         self._placement = direct(placement)
-        self._experts = experts
+        self._pools = pools
         self._loop = asyncio.get_running_loop()
         self._id = serve.get_replica_context().replica_id.unique_id
         spec = read_model(Path(config.model))
@@ -53,7 +55,7 @@ class RouterReplica:
             config.router.settings,
             on_server_lost=self._on_server_lost,
             on_absent=self._on_absent,
-            weight_dtype=config.experts.settings.weight_dtype,
+            weight_dtype=config.weight_dtype,
         )
         self._server.start(config.router.host, config.router.port)
         self._beat_now = asyncio.Event()
@@ -119,6 +121,7 @@ class RouterReplica:
             p50_s=report.p50_s,
             p99_s=report.p99_s,
             tokens_per_s=report.tokens_per_s,
+            queued_tokens=report.queued_tokens,
         )
         await answer(self._placement.beat_router.remote(beat))
         if report.oldest_epoch < self._table.epoch:

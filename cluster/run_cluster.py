@@ -4,7 +4,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ray import serve
 from cluster import standing
 from cluster.app import remove, status
 from cluster.bring_up import bring_up
-from cluster.config import ClusterConfig, load_config, parse_config
+from cluster.config import ClusterConfig, PoolConfig, load_config, parse_config
 from cluster.local import LocalRay, NodeScaling, connect, start_ray
 from cluster.models import find_model
 from cluster.standing import Standing
@@ -42,6 +42,9 @@ def read_config(path: Path | None, *, model: str | None, servers: int | None) ->
     if servers is not None:
         if servers < 1:
             raise InvalidRequest(f"--servers is {servers}, it must be at least 1")
+        if config.pools:
+            names = ", ".join(pool.name for pool in config.pools)
+            raise InvalidRequest(f"--servers is {servers}, but the config has pools ({names}): set their min and max")
         pool = config.experts.model_dump() | {"min_servers": servers}
         pool["max_servers"] = max(servers, config.experts.max_servers)
         config = parse_config(config.model_dump() | {"experts": pool}, where="options")
@@ -143,20 +146,34 @@ def down(folder: Path) -> str:
 
 
 def _start_ray(config: ClusterConfig) -> LocalRay:
-    """A local Ray with room for the whole cluster; with a limit of servers per node, as many nodes as needed."""
-    pool, routers = config.experts, config.router
+    """A local Ray with room for the whole cluster; with limits of servers per node, as many nodes as needed."""
+    pools, routers = config.all_pools, config.router
     control_cpus = 1 + routers.num_replicas * routers.num_cpus
-    if pool.max_servers_per_node is None:
+    per_node = [pool.max_servers_per_node for pool in pools if pool.max_servers_per_node is not None]
+    if len(per_node) < len(pools):
+        room = _resources(pools, [pool.max_servers for pool in pools])
         return start_ray(
-            num_cpus=max(os.cpu_count() or 1, math.ceil(control_cpus + pool.max_servers * pool.num_cpus)),
-            num_gpus=math.ceil(pool.max_servers * pool.num_gpus),
+            num_cpus=max(os.cpu_count() or 1, math.ceil(control_cpus + room.pop("CPU"))),
+            num_gpus=math.ceil(room.pop("GPU")),
+            resources=room,
         )
+    room = _resources(pools, per_node)
     return start_ray(
         num_cpus=math.ceil(control_cpus),
         nodes=NodeScaling(
-            min_nodes=math.ceil(pool.min_servers / pool.max_servers_per_node),
-            max_nodes=math.ceil(pool.max_servers / pool.max_servers_per_node),
-            cpus_per_node=max(1, math.ceil(pool.max_servers_per_node * pool.num_cpus)),
-            gpus_per_node=max(1, math.ceil(pool.max_servers_per_node * pool.num_gpus)),
+            min_nodes=max(math.ceil(pool.min_servers / limit) for pool, limit in zip(pools, per_node, strict=True)),
+            max_nodes=max(math.ceil(pool.max_servers / limit) for pool, limit in zip(pools, per_node, strict=True)),
+            cpus_per_node=max(1, math.ceil(room.pop("CPU"))),
+            gpus_per_node=max(1, math.ceil(room.pop("GPU"))),
+            resources=room,
         ),
     )
+
+
+def _resources(pools: Sequence[PoolConfig], counts: Sequence[int]) -> dict[str, float]:
+    """What that many servers of each pool reserve together."""
+    total = {"CPU": 0.0, "GPU": 0.0}
+    for pool, count in zip(pools, counts, strict=True):
+        for name, amount in {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    return total

@@ -1,11 +1,10 @@
 """The control plane in simulated time: `cluster.placement` and Serve's autoscaling, around the real decisions.
 
 What is exact: the fleet's states and epochs (`cluster.fleet`), load estimation (`cluster.load`), plans
-(`cluster.planner`), the number of servers (`cluster.scaling`). What is modelled: calls take `control_s`, a plan takes
+(`cluster.planner`), the number of servers (`cluster.pools`). What is modelled: calls take `control_s`, a plan takes
 `plan_s`, a new server registers after `start_s`; of several servers Serve may stop, the youngest goes.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,8 @@ from cluster.fleet import Fleet
 from cluster.load import LoadWindow
 from cluster.messages import ServerBeat, ServerHello
 from cluster.planner import Plan, PlannerInput, PlannerServer, plan
-from cluster.scaling import Pool, Scaling, ServerLoad
+from cluster.pools import Pools
+from cluster.relay import AT_LEAST, AT_MOST
 from cluster.sim_events import Clock
 from cluster.sim_router import SimRouter
 from cluster.sim_servers import Machine, SimServer
@@ -74,7 +74,7 @@ class SimPlacement:
         knobs = config.placement
         self.fleet = Fleet(
             num_experts=workload.num_experts,
-            expected_servers=config.experts.min_servers,
+            expected_servers=config.min_servers,
             dead_after_s=knobs.dead_after_s,
             settle_s=knobs.settle_s,
             copy_bytes=copy_bytes,
@@ -84,10 +84,11 @@ class SimPlacement:
             workload.layers, workload.num_experts, rise_s=knobs.load_rise_s, fall_s=knobs.load_fall_s
         )
         self.num_plans = self.loads = self.unloads = 0
-        self.needed_bytes = len(workload.layers) * workload.num_experts * knobs.min_copies * copy_bytes
+        self.pools = Pools(config, num_experts=len(workload.layers) * workload.num_experts, top_k=workload.top_k)
+        self._denied_copies = 0
         self._clock, self._knobs, self._machine, self._workload = clock, knobs, machine, workload
         self._routers, self._servers = routers, servers
-        self._copy_bytes, self._foresight, self._static = copy_bytes, foresight, static
+        self._foresight, self._static = foresight, static
         self._sent_version: dict[str, int] = {}
         self._sent_epoch = 0
         self._planning = self._again = False
@@ -100,6 +101,7 @@ class SimPlacement:
         if server.alive:
             now_s = self._clock.now_s
             self.fleet.register(server.hello, held=server.warm, highest_epoch=0, seq=0, now_s=now_s)
+            self.pools.joined(server.hello)
             self._after(replan=True)
 
     def beat_server(self, beat: ServerBeat) -> None:
@@ -111,13 +113,18 @@ class SimPlacement:
             now_s=self._clock.now_s,
             failed=beat.failed,
         )
+        hello = next((hello for hello in self.fleet.servers if hello.server_id == beat.server_id), None)
+        if hello is not None:
+            self.pools.beat_server(hello, beat, self._clock.now_s)
         self._after()
 
     def beat_router(self, router: SimRouter, epoch: int, oldest: int, known: frozenset[str]) -> None:
         now_s = self._clock.now_s
         self.fleet.report_router(router.router_id, epoch=epoch, oldest_epoch=oldest, known_servers=known, now_s=now_s)
         self._after()
-        self.window.count(router.router_id, router.demand(), now_s)
+        demand, queued_tokens = router.demand(), router.queued_tokens * router.scale
+        self.window.count(router.router_id, demand, now_s)
+        self.pools.beat_router(router.router_id, pairs=sum(demand.values()), queued_tokens=queued_tokens, now_s=now_s)
 
     def drain(self, server_id: str) -> None:
         self.fleet.drain(server_id, self._clock.now_s)
@@ -146,6 +153,17 @@ class SimPlacement:
         if replan:
             self.replan()
 
+    def decide_servers(self) -> Mapping[str, float]:
+        """What the placement's replica reports to Serve."""
+        self.pools.decide(
+            servers=self.fleet.servers,
+            routers=self.fleet.routers,
+            load_LE=self.window.rates(),
+            denied_copies=self._denied_copies,
+            now_s=self._clock.now_s,
+        )
+        return self.pools.numbers()
+
     # ------------------------------------------------------------------ planning
 
     def replan(self) -> None:
@@ -163,7 +181,7 @@ class SimPlacement:
         self._planning = False
         self.num_plans += 1
         everything = len(self._workload.layers) * self._workload.num_experts
-        self.needed_bytes = (everything * self._knobs.min_copies + found.wanted_copies) * self._copy_bytes
+        self._denied_copies = found.wanted_copies
         loads = [step for step in found.steps if isinstance(step, Load)]
         current = self.fleet.current
         if self._static and len(current) == everything:
@@ -189,7 +207,7 @@ class SimPlacement:
                 PlannerServer(
                     server_id=hello.server_id,
                     max_copies=hello.max_copies - slot,
-                    speed=hello.speed,
+                    speed=self.pools.speed(hello),
                     draining=self.fleet.is_draining(hello.server_id),
                 )
                 for hello in self.fleet.servers
@@ -230,27 +248,15 @@ class SimPool:
         make: Callable[[str], SimServer],
         on_stop: Callable[[SimServer], None],
         foresight: Foresight | None = None,
-        budget_bytes: int,
     ) -> None:
-        pool, scaling = config.experts, config.scaling
         self.running: dict[str, SimServer] = {}
         self.starting: set[str] = set()
         self.draining: dict[str, SimServer] = {}
         self.server_seconds = 0.0
         self._clock, self._config, self._machine, self._workload = clock, config, machine, workload
         self._placement, self._make, self._on_stop, self._foresight = placement, make, on_stop, foresight
-        self._budget_bytes = budget_bytes
-        self._policy = Scaling(
-            min_servers=pool.min_servers,
-            max_servers=pool.max_servers,
-            target_busy=scaling.target_busy,
-            upscale_busy=scaling.upscale_busy,
-            drain_backlog_s=scaling.drain_backlog_s,
-            downscale_delay_s=scaling.downscale_delay_s,
-        )
-        self._target = pool.min_servers
+        self._target = config.experts.min_servers
         self._count = 0
-        self._samples: dict[str, deque[ServerLoad]] = {}
         for _ in range(self._target):
             self._start(0.0)
         clock.every(DECIDE_S, self._decide, first_s=DECIDE_S)
@@ -269,29 +275,14 @@ class SimPool:
 
     def _decide(self) -> None:
         self.server_seconds += DECIDE_S * self.paid
-        scaling, pool = self._config.scaling, self._config.experts
-        keep = max(1, round(scaling.look_back_s / scaling.metrics_interval_s))
-        loads = []
-        for server_id, server in (self.running | self.draining).items():
-            samples = self._samples.setdefault(server_id, deque(maxlen=keep))
-            samples.append(ServerLoad(busy_share=server.busy_share(), backlog_s=server.backlog_s))
-            loads.append(
-                ServerLoad(
-                    busy_share=sum(sample.busy_share for sample in samples) / len(samples),
-                    backlog_s=sum(sample.backlog_s for sample in samples) / len(samples),
-                )
-            )
+        pool = self._config.experts
         if self._foresight is not None:
             need = self._foresight.servers(self._workload, self._clock.now_s, self._machine.pairs_per_s)
             self._target = max(pool.min_servers, min(need, pool.max_servers))
         else:
-            found = Pool(
-                loads=loads,
-                target=self._target,
-                needed_bytes=self._placement.needed_bytes,
-                budget_bytes=self._budget_bytes,
-            )
-            self._target = self._policy.decide(found, self._clock.now_s)
+            numbers = self._placement.decide_servers()
+            least = numbers[AT_LEAST + pool.name]
+            self._target = int(max(least, min(self._target, numbers.get(AT_MOST + pool.name, self._target))))
         self._follow()
         for server_id in [server_id for server_id, server in self.draining.items() if server.released]:
             self._leave(server_id)

@@ -121,11 +121,6 @@ class SimServer:
         """Of the last second."""
         return self._busy.share(self._clock.now_s)
 
-    @property
-    def backlog_s(self) -> float:
-        """How long its queue would take it."""
-        return self.batcher.queue_tokens / self.pairs_per_s
-
     def _pump(self) -> None:
         if self._running or not self.alive:
             return
@@ -176,6 +171,7 @@ class SimServer:
                 queue_tokens=self.batcher.queue_tokens,
                 busy_share=self.busy_share(),
                 pairs_per_s=self.pairs_per_s,
+                capacity_pairs_per_s=self.pairs_per_s,
             )
         )
 

@@ -125,7 +125,6 @@ class Simulation:
             make=self._make,
             on_stop=partial(self._cut_off, reason="stopped"),
             foresight=foresight,
-            budget_bytes=max_copies * copy_bytes,
         )
 
     def run(self, duration_s: float, *, warm_up_s: float = 0.0) -> dict[str, Any]:

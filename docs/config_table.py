@@ -36,7 +36,9 @@ def _rows(config: type[BaseModel], *, prefix: str) -> list[str]:
     rows: list[str] = []
     for name, field in config.model_fields.items():
         path = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if any(isinstance(part, type) and issubclass(part, BaseModel) for part in get_args(field.annotation)):
+            rows.append(f"| `{path}` | list | `[]` | {_cell(field.description)} |")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             rows.append(f"| **`{path}`** | | | *{_cell(field.description)}* |")
             rows += _rows(field.annotation, prefix=f"{path}.")
         else:
@@ -66,6 +68,8 @@ def _spell(kind: Any) -> str:
         return " or ".join(f'"{part}"' for part in get_args(kind))
     if get_origin(kind) is tuple:
         return f"list of {_spell(get_args(kind)[0]).replace(' or ', ', ')}"
+    if get_origin(kind) is dict:
+        return f"mapping of {' to '.join(_spell(part) for part in get_args(kind))}"
     return str({"str": "text", "bool": "true or false", "int": "integer", "float": "number"}[kind.__name__])
 
 

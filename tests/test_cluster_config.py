@@ -39,7 +39,6 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
         ("model: m\nplacement: {dead_after_s: 0.3}", ["dead_after_s (0.3)", "heartbeat_s is 0.25"]),
         ("model: m\nplacement: {min_copies: 3, max_copies: 2}", ["max_copies (2)", "min_copies (3)"]),
         ("model: m\nscaling: {target_busy: 0.9}", ["upscale_busy (0.8)", "target_busy (0.9)"]),
-        ("model: m\nscaling: {look_back_s: 0.05}", ["look_back_s (0.05)", "metrics_interval_s (0.1)"]),
         ("model: m\nrouter: {num_replicas: 2}", ["num_replicas (2)", "port is 0"]),
         ("model: m\nrouter: {port: 70000}", ["router.port", "65535", "70000"]),
         ("model: m\nname: two words", ["name", "two words"]),

@@ -246,7 +246,7 @@ def test_the_command_tells_people_the_same(command: Callable[..., tuple[int, str
         (("--trace", "nowhere.parquet"), "nowhere.parquet"),
         (("--load", "nowhere.npz"), "nowhere.npz"),
         (("--load", "a.npz", "--trace", "b.parquet"), "exclude each other"),
-        (("--servers", "0"), "min_servers"),
+        (("--servers", "0"), "max_servers"),
         (("--seed", "-1"), "--seed is -1"),
     ],
 )
