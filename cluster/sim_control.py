@@ -141,10 +141,11 @@ class SimPlacement:
 
     def _after(self, *, replan: bool = False) -> None:
         """After every event: assignments and tables that changed go out; a change of members plans at once."""
-        for hello in self.fleet.servers:
-            found = self.fleet.assignment(hello.server_id)
-            if found is not None and self._sent_version.get(hello.server_id) != found.version:
-                self._sent_version[hello.server_id] = found.version
+        _, _, *versions = self.fleet.revision
+        for hello, version in zip(self.fleet.servers, versions, strict=True):
+            if self._sent_version.get(hello.server_id) != version:
+                self._sent_version[hello.server_id] = version
+                found = self.fleet.assignment(hello.server_id)
                 self._clock.after(self._machine.control_s, self._servers[hello.server_id].take, found)
         if self.fleet.epoch != self._sent_epoch:
             self._sent_epoch = self.fleet.epoch

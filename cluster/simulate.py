@@ -34,7 +34,7 @@ from protos.errors import DeadlineExceeded, InvalidRequest, Overloaded
 
 SETUP_S = 5.0  # the cluster comes up before time 0: there loading takes no time, and nothing is sent or counted
 GRAIN_S = 1e-5  # departures are sent at most so late: a clock that moves by rounding errors would stand still
-MAX_OPEN = 1024  # requests the load generator keeps open at most
+MAX_OPEN = 1024  # as in cluster/loadgen.py
 VISITS_PER_S = 400.0  # requests times visits in one simulated second that `choose_scale` aims at
 
 
@@ -64,6 +64,7 @@ class Simulation:
         foresight: makes planner and scaling clairvoyant; None: they see what they measure.
         static: keep the first plan; only what is lost is re-placed.
         speeds: of the servers in order of their start, again from the first; relative to machine.pairs_per_s.
+        max_open: requests that the load generator keeps open; what is due beyond that fails.
         scale: see the module docstring.
         seed: of everything that is drawn.
 
@@ -84,6 +85,7 @@ class Simulation:
         foresight: Foresight | None = None,
         static: bool = False,
         speeds: Sequence[float] = (1.0,),
+        max_open: int = MAX_OPEN,
         scale: int = 1,
         seed: int = 0,
     ) -> None:
@@ -94,6 +96,7 @@ class Simulation:
             )
         self._config, self._workload, self._machine = config, workload, machine
         self._copy_bytes, self._max_copies, self._speeds, self._scale = copy_bytes, max_copies, speeds, scale
+        self._max_open = max(1, max_open // scale)
         self._faults = sorted(faults, key=lambda fault: fault.at_s)
         self._clock = Clock(-SETUP_S)
         self._rng = np.random.default_rng(seed)
@@ -192,8 +195,8 @@ class Simulation:
         )
         record.offered += 1
         self._open.add(request)
-        if len(self._open) > max(1, MAX_OPEN // self._scale):
-            request.finish(Overloaded(f"{MAX_OPEN} requests are open"))
+        if len(self._open) > self._max_open:
+            request.finish(Overloaded(f"{self._max_open * self._scale} requests are open"))
             return
         router = self._routers[first % len(self._routers)]
         self._clock.after(self._machine.client_s / 2, router.submit, request)

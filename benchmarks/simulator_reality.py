@@ -1,0 +1,227 @@
+"""Three scenarios on a real cluster and simulated, with constants of the machine that were measured by themselves.
+
+The cluster is that of `benchmarks.elasticity_stage`: servers paced to 1,000 routed pairs per second, so that two cores
+are not the limit. Nothing is fitted to a scenario: the constants come from an echo between two processes, from one
+request at a time on an idle cluster, and from a server killed while there is no load.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from benchmarks.elasticity_slo import due_between, percentile_s
+from benchmarks.elasticity_stage import (
+    EMULATED_PAIRS_PER_S,
+    MAX_OPEN,
+    MODEL,
+    PAIRS_PER_REQUEST,
+    TOKENS_PER_REQUEST,
+    Stage,
+    make_config,
+    perform,
+)
+from benchmarks.processes import Echo, child, make_model
+from cluster import app
+from cluster.config import ClusterConfig
+from cluster.local import NodeScaling, connect, local_ray
+from cluster.patterns import parse_pattern
+from cluster.sim_servers import Machine
+from cluster.simulate import Fault, Simulation
+from cluster.workloads import DrawnHeat, Workload, pattern_shares
+from protos.checkpoint import read_model
+
+Facts = dict[str, Any]
+Story = Callable[..., Awaitable[Facts]]
+
+SERVERS = 4
+WARM_UP_S = 4.0
+KILL_AFTER_S = 8.0
+IDLE_REQUESTS_PER_S = 2.0
+WITHIN = 0.2  # of the real cluster's throughput and p99
+
+
+def reality(*, seconds: float) -> Facts:
+    """All scenarios, `seconds` each. SIGTERM unwinds like Ctrl-C, so that everything started is ended."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.set_num_threads(1)  # the cores belong to the cluster
+    hop_s = asyncio.run(_echo_s()) / 2
+    nodes = NodeScaling(min_nodes=SERVERS, max_nodes=SERVERS + 1, idle_s=3600.0)
+    with tempfile.TemporaryDirectory() as folder, local_ray(num_cpus=2, nodes=nodes) as local:
+        model = make_model(Path(folder) / "model", **MODEL)
+        port = _free_port()  # Serve keeps its proxy from one cluster to the next
+        try:
+            connect(local.address)
+
+            def make(**sections: Mapping[str, Any]) -> ClusterConfig:
+                return make_config(model, port, least=SERVERS, most=SERVERS, **sections)
+
+            def run(config: ClusterConfig, play: Story, pattern: str, rate: float) -> Facts:
+                story = partial(play, requests_per_s=rate, seconds=seconds)
+                told, account = perform(local, config, pattern, 1, story)
+                return told | {"account": account}
+
+            usual, static = make(), make(placement={"max_moves": 0})
+            idle = run(usual, _hold, "uniform", IDLE_REQUESTS_PER_S)
+            replaced = run(usual, _kill, "uniform", IDLE_REQUESTS_PER_S)
+            constants = _machine(usual, idle["p50_s"], hop_s, replaced["replaced_s"])
+            found: Facts = {"constants": asdict(constants), "idle_p50_s": idle["p50_s"]}
+            full = SERVERS * EMULATED_PAIRS_PER_S / PAIRS_PER_REQUEST  # requests per second
+            hottest = full * _balance(static, constants)
+            killed = [Fault(at_s=KILL_AFTER_S, server=1)]
+            for name, config, play, pattern, rate, faults in (
+                ("uniform", usual, _hold, "uniform", 0.6 * full, []),
+                ("static zipf near saturation", static, _hold, "zipf:1.2", 0.9 * hottest, []),
+                ("a server killed", usual, _kill, "uniform", 0.5 * full, killed),
+            ):
+                real = run(config, play, pattern, rate)
+                simulated = _simulate(config, constants, pattern, rate, seconds, faults)
+                found[name] = {"requests_per_s": rate, "real": real, "simulated": simulated}
+                found[name] |= _compare(real, simulated)
+        finally:
+            ray.shutdown()
+    return found
+
+
+async def _hold(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
+    stage.offer(requests_per_s * PAIRS_PER_REQUEST)
+    await stage.hold(WARM_UP_S)
+    began_s, ended_s = await stage.hold(seconds)
+    await stage.drain()
+    return _seen(stage, began_s, ended_s)
+
+
+async def _kill(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
+    """A server killed by its pid; how long until another one holds copies in its place."""
+    stage.offer(requests_per_s * PAIRS_PER_REQUEST)
+    await stage.hold(WARM_UP_S)
+    began_s = stage.now_s()
+    await stage.hold(KILL_AFTER_S - WARM_UP_S)
+    before = {server["id"]: server for server in (await app.status(stage.config.name))["servers"]}
+    os.kill(before[min(before)]["pid"], signal.SIGKILL)
+    killed_s, replaced_s = stage.now_s(), float("nan")
+    while stage.now_s() < began_s + seconds:
+        if replaced_s != replaced_s:
+            now = (await app.status(stage.config.name))["servers"]
+            if any(server["id"] not in before and server["copies"] for server in now):
+                replaced_s = stage.now_s() - killed_s
+        await asyncio.sleep(0.1)
+    ended_s = stage.now_s()
+    await stage.drain()
+    return _seen(stage, began_s, ended_s) | {"replaced_s": replaced_s}
+
+
+def _seen(stage: Stage, began_s: float, ended_s: float) -> Facts:
+    found = due_between(stage.seen.outcomes, began_s, ended_s)
+    answered = [each for each in found if each.took_s < float("inf")]
+    return {
+        "tokens_per_s": len(answered) * TOKENS_PER_REQUEST / (ended_s - began_s),
+        "p50_s": percentile_s(answered, 50),
+        "p99_s": percentile_s(answered, 99),
+        "failed": len(found) - len(answered),
+    }
+
+
+def _machine(config: ClusterConfig, idle_p50_s: float, hop_s: float, replaced_s: float) -> Machine:
+    """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
+    the messages to and from every server."""
+    bare = Machine(
+        pairs_per_s=EMULATED_PAIRS_PER_S,
+        emulated=True,
+        hop_s=hop_s,
+        client_s=2 * hop_s,
+        batch_s=0.0,
+        message_s=0.0,
+        start_s=replaced_s / 2,
+        replace_s=replaced_s / 2,
+    )
+    told = _simulate(config, bare, "uniform", IDLE_REQUESTS_PER_S, 20.0, [])
+    rest_s = max(idle_p50_s - told["p50_s"], 0.0)
+    return replace(bare, batch_s=rest_s / 2, message_s=rest_s / 2 / (2 * SERVERS))
+
+
+def _balance(config: ClusterConfig, constants: Machine) -> float:
+    """Mean over most loaded server of the placement that does not know the load."""
+    found = _simulation(config, constants, "zipf:1.2", 1.0, [])
+    return float(found.run(2.0)["timeline"][-1]["balancedness_min"])
+
+
+def _simulation(
+    config: ClusterConfig, constants: Machine, pattern: str, rate: float, faults: list[Fault]
+) -> Simulation:
+    spec = read_model(Path(config.model))
+    shares = pattern_shares(
+        parse_pattern(pattern), num_layers=len(spec.layers), num_experts=spec.num_experts, top_k=spec.top_k
+    )
+    workload = Workload(
+        layers=spec.layers,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        heat=DrawnHeat(shares, top_k=spec.top_k),
+        rate=rate,
+        num_tokens=TOKENS_PER_REQUEST,
+    )
+    return Simulation(
+        config,
+        workload,
+        constants,
+        copy_bytes=spec.expert_params * 4,
+        row_bytes=spec.expert_dim * 4,
+        faults=faults,
+        max_open=MAX_OPEN,
+        seed=1,
+    )
+
+
+def _simulate(
+    config: ClusterConfig, constants: Machine, pattern: str, rate: float, seconds: float, faults: list[Fault]
+) -> Facts:
+    """As the real one: a warm-up, then what is due within `seconds`; what is open at the end is answered later."""
+    sim = _simulation(config, constants, pattern, rate, faults)
+    told = sim.run(WARM_UP_S + seconds, warm_up_s=WARM_UP_S)
+    return {
+        "tokens_per_s": told["tokens_per_s"],
+        "p50_s": told["latency_s"]["p50"],
+        "p99_s": told["latency_s"]["p99"],
+        "failed": told["requests"]["failed"],
+    }
+
+
+def _compare(real: Facts, simulated: Facts) -> Facts:
+    ratios = {f"{name}_ratio": simulated[name] / real[name] for name in ("tokens_per_s", "p50_s", "p99_s")}
+    close = all(abs(ratios[f"{name}_ratio"] - 1) <= WITHIN for name in ("tokens_per_s", "p99_s"))
+    return {**ratios, "within": close}
+
+
+async def _echo_s() -> float:
+    """The round trip of one message of a request's size between two processes."""
+    message = [[bytes(TOKENS_PER_REQUEST * MODEL["dim"] * 4 // SERVERS)]]
+    with ExitStack() as stack:
+        _, ready = stack.enter_context(child("-m", "benchmarks.processes", "echo"))
+        echo = Echo([ready["address"]])
+        took = []
+        for _ in range(300):
+            began_s = time.perf_counter()
+            await echo.call(message)
+            took.append(time.perf_counter() - began_s)
+        await echo.close()
+    return statistics.median(took)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
