@@ -1,15 +1,19 @@
 """Pools of expert servers: how they are configured, and how heartbeats become decisions."""
 
 import math
+import re
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.app import build, deployment_name
-from cluster.config import ClusterConfig, parse_config
+from cluster.config import ClusterConfig, load_config, parse_config
 from cluster.demand import Meter, Pace
 from cluster.messages import ServerBeat, ServerHello
 from cluster.pools import Pools, Speeds
@@ -18,6 +22,7 @@ from protos.errors import InvalidRequest
 from protos.model import ModelSpec
 from tests.tiny_models import tiny_model
 
+ROOT = Path(__file__).parent.parent
 TWO_POOLS: list[dict[str, Any]] = [
     {"name": "fast", "num_gpus": 1, "min": 1, "max": 4, "budget_bytes": 1048576, "resources": {"h200": 1}, "cost": 3},
     {"name": "cheap", "min": 0, "max": 6, "settings": {"emulated_tokens_per_s": 500, "budget_bytes": 1 << 24}},
@@ -92,6 +97,20 @@ def test_every_pool_is_a_deployment_of_its_own(spec: ModelSpec) -> None:
     assert fast.ray_actor_options == {"num_cpus": 0.5, "num_gpus": 1, "resources": {"h200": 1}}
     bounds = [pool._deployment_config.autoscaling_config for pool in (fast, cheap)]
     assert [(each.min_replicas, each.initial_replicas, each.max_replicas) for each in bounds] == [(1, 1, 4), (0, 0, 6)]
+
+
+def test_the_example_is_a_config_with_two_kinds_of_servers() -> None:
+    fast, roomy = load_config(ROOT / "examples" / "pools.yaml").all_pools
+    assert fast.settings.budget_bytes < roomy.settings.budget_bytes
+    assert (fast.settings.emulated_tokens_per_s or 0) > (roomy.settings.emulated_tokens_per_s or 0)
+
+
+def test_the_pools_in_the_kubernetes_guide_are_accepted() -> None:
+    text = (ROOT / "k8s" / "README.md").read_text()
+    block = re.search(r"^    pools:\n(?:      .*\n)+", text, re.M)
+    assert block is not None
+    pools = configure(yaml.safe_load(textwrap.dedent(block[0]))["pools"]).pools
+    assert [pool.name for pool in pools] == ["h100", "l4"]
 
 
 def test_one_pool_keeps_the_name_that_dashboards_know() -> None:
