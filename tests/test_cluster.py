@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -155,8 +156,9 @@ async def test_copies_move_between_servers_without_a_request_noticing(cluster: C
     epochs = []
     for expert in (0, 5, 2):
         batches = make_batches(cluster.spec, keep=sent_to(expert), rows=8, layers=("0", "2"))
+        began_s = time.time()
         async with load(address, batches, concurrency=2, pause_s=0.01) as account:
-            epochs.append(await copied(cluster, expert))
+            epochs.append(await moved(cluster, began_s))
             await used(cluster, account, epochs[-1])
         account.assert_clean()
         assert account.retried == 0
@@ -167,10 +169,16 @@ async def used(cluster: Cluster, account: Account, epoch: int) -> None:
     await cluster.until(lambda _: account.epochs and account.epochs[-1] >= epoch, "new requests use the epoch")
 
 
-async def copied(cluster: Cluster, expert: int) -> int:
-    found, _ = await cluster.until(
-        lambda status: min(copies_of(status, "0", expert), copies_of(status, "2", expert)) >= 2, "two copies"
-    )
+async def moved(cluster: Cluster, since_s: float) -> int:
+    """Wait for a re-placement for load that is over; returns the epoch that has it."""
+
+    def over(status: dict[str, Any]) -> bool:
+        return any(
+            event["kind"] == "placed" and event["at_s"] > since_s and event["reasons"].get("load")
+            for event in status["events"]
+        )
+
+    found, _ = await cluster.until(over, "copies moved for load")
     return int(found["epoch"])
 
 
