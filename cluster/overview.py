@@ -78,6 +78,7 @@ def server_line(
         "queue_tokens": beat.queue_tokens if beat else 0,
         "busy": beat.busy_share if beat else 0.0,
         "pairs_per_s": beat.pairs_per_s if beat else 0.0,
+        "loaded": {source: dict(totals) for source, totals in beat.loaded.items()} if beat else {},
     }
 
 
