@@ -28,6 +28,7 @@ _DEAR_COPY_WORTH = 0.3  # the same for a layer that has had its part of the free
 _SWAPS_TRIED = 8  # of the best, while copies are blocked
 _SWAP_WORTH = 0.5  # of a move that relieves as much: it takes two loads
 _LEAST_RELIEF = 0.02  # of the even load: less is not worth a load
+_DEAR_RELIEF = 0.2  # the same while bytes are too short for the goal
 _ABOVE_GOAL = 0.002  # what is balanced is the load and a little more
 _NEAR = 0.005  # of the even load: steps that bring a layer no nearer than this to its end are left out
 _NEWCOMER = 0.25  # of the mean fill: a server that holds less should take load at once
@@ -44,12 +45,12 @@ def rebalance(draft: Draft) -> int:
     inputs, peak_L = draft.inputs, (draft.load_LS / draft.speed_S).max(axis=1) / draft.level_L
     touched = 1 / (inputs.goal if newcomers(draft) else inputs.rebalance_below)
     limit_L = np.full(draft.num_layers, touched)
-    limit_L[list(draft.filled)] = 1 / inputs.goal
+    aim = min(inputs.goal + _ABOVE_GOAL, 1.0)
+    limit_L[list(draft.filled)] = 1 / aim
     rows = np.flatnonzero((peak_L > limit_L + _TOLERANCE) & ~draft.idle_L)
     rows = rows[np.argsort(-peak_L[rows], kind="stable")]
     if not rows.size:
         return 0
-    aim = min(inputs.goal + _ABOVE_GOAL, 1.0)
     level_L = water_levels(draft, rows.tolist(), int(draft.free_S.sum()), aim=aim)
     evictions, short = Evictions(draft), 0
     for place, row in enumerate(rows.tolist()):
@@ -129,6 +130,8 @@ class _Layer:
         self._weight_E = draft.weights(row)
         self._on = draft.on(row)
         self._even = float(draft.level_L[row])
+        short = level > 1.02 * self._even / draft.inputs.goal
+        self._least_relief = _DEAR_RELIEF if short else _LEAST_RELIEF
         self._bytes_bind = True
         self._cheap_copies = cheap_copies + int(draft.count_LE[row].sum())
         self._loads: list[Copy] = []
@@ -142,13 +145,18 @@ class _Layer:
             states.append(self._state())
         before, reached = states[0].top, states[-1].top
         short = 0
-        if reached * inputs.rebalance_below > self._even and draft.moves_left > len(self._loads):
+        if reached * inputs.rebalance_below > self._even and draft.moves_left:
             short = self._denied()
-        near = self._level + _TOLERANCE * self._even
-        if reached > near:
+        goal = self._even / inputs.goal
+        if reached <= goal:
+            near = goal if reached > self._level else self._level
+        else:
             gained = before - reached >= (inputs.goal - inputs.rebalance_below) / 2 * before
-            near = reached + _NEAR * self._even if gained else before
+            near = max(self._level, reached + _NEAR * self._even) if gained else before
+        near += _TOLERANCE * self._even
         last = next(i for i, state in enumerate(states) if state.top <= near)
+        while states[last].num_loads > draft.moves_left:
+            last -= 1  # the next plan goes on from there
         self._keep(states[: last + 1])
         return short
 
@@ -193,12 +201,15 @@ class _Layer:
         """Take load off a server by shares and at most one more place for an expert; nobody gets above `level`."""
         draft, mark = self._draft, self._draft.mark()
         excess = -float(self._room(level)[server])
-        enough = min(excess, _LEAST_RELIEF * self._even * float(draft.speed_S[server])) - _TOLERANCE * self._even
+        least = self._least_relief * self._even * float(draft.speed_S[server])
+        enough = min(excess, least) - _TOLERANCE * self._even
         left = self._shift(server, level)
-        if left > _TOLERANCE * self._even and draft.moves_left > len(self._loads):
+        if left > _TOLERANCE * self._even and draft.moves_left:
             relief = self._best(server, level, enough)
             if relief is not None:
                 self._apply(server, relief)
+                if not relief.whole and left > 2 * relief.share * self._weight_E[relief.expert]:
+                    self._spread(server, relief.expert, level, enough)
                 return True
         if excess - left >= enough:
             return True
@@ -257,10 +268,10 @@ class _Layer:
     def _swap(self, server: int, room_S: Floats, excess: float, enough: float) -> _Relief | None:
         """Two experts with one copy each change places, so that the difference is what is too much. Takes no bytes."""
         draft, shares_E = self._draft, self._draft.shares(self._row)
-        if draft.moves_left < len(self._loads) + 2:
+        if draft.moves_left < 2:
             return None
-        singles = [(expert, next(iter(shares))) for expert, shares in enumerate(shares_E) if len(shares) == 1]
-        expert_N, server_N = np.array(singles, dtype=np.int64).reshape(-1, 2).T
+        expert_N = np.flatnonzero(draft.count_LE[self._row] == 1)
+        server_N = np.array([next(iter(shares_E[expert])) for expert in expert_N.tolist()], dtype=np.int64)
         weight_N = draft.weight_LE[self._row, expert_N]
         here, there = server_N == server, server_N != server
         off_NM = weight_N[here][:, None] - weight_N[there]
@@ -324,3 +335,23 @@ class _Layer:
             del shares[server]
         draft.set_shares(self._row, relief.expert, shares)
         self._loads.append((self._row, relief.expert, relief.server))
+
+    def _spread(self, server: int, expert: int, level: float, enough: float) -> None:
+        """An expert far above what one server can take goes to several at once, those with the most room first."""
+        draft, room_S, weight = self._draft, self._room(level), self._weight_E[expert]
+        shares = dict(draft.shares(self._row)[expert])
+        excess = min(-float(room_S[server]), (shares[server] - WARM_SHARE) * weight)
+        spare = self._cheap_copies - int(draft.count_LE[self._row].sum()) if self._bytes_bind else draft.num_servers
+        spare = min(spare, draft.most - len(shares), draft.moves_left - 1)
+        usable_S = np.where((draft.free_S > 0) | (not self._bytes_bind), room_S, 0.0)
+        for other in np.argsort(-usable_S, kind="stable").tolist():
+            amount = min(excess, float(usable_S[other]))
+            if spare <= 0 or amount < enough:
+                break
+            if draft.may_hold(self._row, expert, other):
+                shares[other] = amount / weight
+                shares[server] -= amount / weight
+                excess -= amount
+                spare -= 1
+                self._loads.append((self._row, expert, other))
+        draft.set_shares(self._row, expert, shares)

@@ -112,21 +112,22 @@ class Draft:
         """Whether a copy there would be new and is not blocked (bytes aside)."""
         return server not in self.shares(row)[expert] and (row, expert, server) not in self.blocked
 
-    def columns(self) -> tuple[Ints, Ints, Ints]:
-        """(layer_C, expert_C, server_C) of all copies as they are now."""
-        untouched_C = ~np.isin(self._layer_C, list(self._shares))
-        rows = [
-            (row, expert, server)
-            for row, shares_E in self._shares.items()
-            for expert, shares in enumerate(shares_E)
-            for server in shares
-        ]
-        opened = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    def columns(self) -> tuple[Ints, Ints, Ints, Floats]:
+        """(layer_C, expert_C, server_C, share_C) of all copies as they are now."""
+        kept_C = ~np.isin(self._layer_C, list(self._shares))
+        rows, experts, servers, shares = [], [], [], []
+        for row, shares_E in self._shares.items():
+            for expert, held in enumerate(shares_E):
+                for server, share in held.items():
+                    rows.append(row)
+                    experts.append(expert)
+                    servers.append(server)
+                    shares.append(share)
         layer_C, expert_C, server_C = (
-            np.concatenate((column[untouched_C], opened[:, i]))
-            for i, column in enumerate((self._layer_C, self._expert_C, self._server_C))
+            np.concatenate((old_C[kept_C], np.array(new, dtype=np.int64)))
+            for old_C, new in ((self._layer_C, rows), (self._expert_C, experts), (self._server_C, servers))
         )
-        return layer_C, expert_C, server_C
+        return layer_C, expert_C, server_C, np.concatenate((self._share_C[kept_C], np.array(shares, dtype=np.float64)))
 
     # ------------------------------------------------------------------ changing
 

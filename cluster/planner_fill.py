@@ -38,6 +38,11 @@ def fill_layers(draft: Draft, rows: Sequence[int], wanted_LE: npt.NDArray[np.boo
         if shares_E is None:
             shares_E = pour.by_slots(draft.free_S / (len(rows) - place))
         draft.fill_layer(row, shares_E)
+        for expert in pour.split_experts:
+            weight = draft.weights(row)[expert] / float(draft.total_L[row])
+            _, *parts = sorted((-share, server) for server, share in shares_E[expert].items())
+            for share, server in parts:
+                draft.loads[(row, expert, server)] = ("load", -share * weight)
         spare -= pour.num_splits
         draft.moves_left -= pour.num_splits
 
@@ -77,6 +82,10 @@ class _Pour:
         self._bin_E: list[int] = []
         self._parts: dict[int, dict[int, float]] = {}  # of experts that are split: bin -> load
         self.num_splits = 0
+
+    @property
+    def split_experts(self) -> list[int]:
+        return list(self._parts)
 
     def by_load(self) -> list[Shares] | None:
         """Into the least loaded server for its speed, whatever its bytes; None if the bins do not fit then."""

@@ -19,7 +19,7 @@ def drop_surplus(draft: Draft) -> None:
     theirs: silence says nothing about heat.
     """
     slack = 2 / (1 + draft.inputs.goal)
-    for row, expert in np.argwhere((draft.count_LE > draft.keep) & ~draft.idle_L[:, None]).tolist():
+    for row, expert in _doubtful(draft, slack):
         weight = draft.weights(row)[expert]
         shares = draft.shares(row)[expert]
         while len(shares) > draft.keep:
@@ -37,6 +37,22 @@ def drop_surplus(draft: Draft) -> None:
             shares = {server: shares[server] + part * more for server, more in room.items()}
             draft.set_shares(row, expert, shares)
             draft.unloads[(row, expert, least)] = "surplus"
+
+
+def _doubtful(draft: Draft, slack: float) -> list[tuple[int, int]]:
+    """Experts whose least copy might fit into the room at all their copies; a quick look over all layers."""
+    several_LE = (draft.count_LE > draft.keep) & ~draft.idle_L[:, None]
+    if not several_LE.any():
+        return []
+    layer_C, expert_C, server_C, share_C = draft.columns()
+    chosen_C = np.flatnonzero(several_LE[layer_C, expert_C])
+    layer_C, expert_C, server_C, share_C = (column[chosen_C] for column in (layer_C, expert_C, server_C, share_C))
+    room_C = slack * draft.level_L[layer_C] * draft.speed_S[server_C] - draft.load_LS[layer_C, server_C]
+    cell_C = layer_C * draft.num_experts + expert_C
+    room_X = np.bincount(cell_C, weights=room_C.clip(0.0), minlength=draft.count_LE.size)
+    least_X = np.full(draft.count_LE.size, np.inf)
+    np.minimum.at(least_X, cell_C, share_C * draft.weight_LE[layer_C, expert_C])
+    return [divmod(cell, draft.num_experts) for cell in np.flatnonzero(least_X <= room_X).tolist()]
 
 
 def surplus_copies(draft: Draft, beyond: int) -> Iterator[Copy]:

@@ -24,7 +24,7 @@ def mass_at_risk(draft: Draft) -> float:
     An expert with n copies is lost only with n servers: it counts 1/n of its mass at each of them.
     """
     losses = max(1, draft.inputs.survive)
-    layer_C, expert_C, server_C = draft.columns()
+    layer_C, expert_C, server_C, _ = draft.columns()
     count_C = draft.count_LE[layer_C, expert_C]
     mass_C = np.where(count_C <= losses, draft.inputs.load_LE[layer_C, expert_C] / np.maximum(count_C, 1), 0.0)
     risk_S = np.bincount(server_C, weights=mass_C, minlength=draft.num_servers)
@@ -47,7 +47,7 @@ class _Survival:
         self._mass_LE = mass_LE / mass_LE.sum()
         self._risk_S = [0.0] * draft.num_servers
         self._lacking_S: list[list[tuple[float, int, int]]] = [[] for _ in range(draft.num_servers)]
-        columns = draft.columns()
+        columns = draft.columns()[:3]
         lacking_C = draft.count_LE[columns[:2]] < draft.keep
         for row, expert, server in zip(*(column[lacking_C].tolist() for column in columns), strict=True):
             mass, count = float(self._mass_LE[row, expert]), int(draft.count_LE[row, expert])
