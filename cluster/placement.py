@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from cluster.awaited import Awaited
 from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
 from cluster.journal import Journal
@@ -60,6 +61,7 @@ class Placement:
             load_bytes_per_s=knobs.load_bytes_per_s,
         )
         self._window = LoadWindow(spec.layers, spec.num_experts, rise_s=knobs.load_rise_s, fall_s=knobs.load_fall_s)
+        self._awaited = Awaited(spec.layers, patience_s=config.router.settings.default_timeout_s)
         self._beats: dict[str, ServerBeat] = {}
         self._routers: dict[str, RouterBeat] = {}
         self._pools = Pools(config, num_experts=len(spec.layers) * spec.num_experts, top_k=spec.top_k)
@@ -144,7 +146,8 @@ class Placement:
         self._window.count(beat.router_id, beat.demand, time.monotonic())
         self._pools.beat_router(beat.router_id, sum(beat.demand.values()), beat.queued_tokens, time.monotonic())
         self._routers[beat.router_id] = beat
-        if before is not None and self._asks_for_absent(before.demand, beat.demand):
+        held = self._fleet.table.copies
+        if before is not None and self._awaited.count(before.demand, beat.demand, held, time.monotonic()):
             self._replan.set()
 
     async def poll_table(self, epoch: int, timeout_s: float) -> PlacementTable | None:
@@ -207,7 +210,7 @@ class Placement:
         for change in self._pools.decide(
             servers=self._fleet.servers,
             routers=self._fleet.routers,
-            load_LE=self._window.rates(),
+            load_LE=self._demand(),
             denied_copies=self._wanted_copies,
             now_s=time.monotonic(),
         ):
@@ -275,7 +278,7 @@ class Placement:
         slot = int(sum(hello.max_copies - 1 for hello in staying) >= needed)
         return PlannerInput(
             layers=self._spec.layers,
-            load_LE=self._window.rates(),
+            load_LE=self._demand(),
             servers=tuple(
                 PlannerServer(
                     server_id=hello.server_id,
@@ -298,12 +301,8 @@ class Placement:
 
     # ------------------------------------------------------------------ parts
 
-    def _asks_for_absent(self, before: Mapping[Key, int], after: Mapping[Key, int]) -> bool:
-        """Whether experts without a live copy were asked for between two reports."""
-        held = self._fleet.table.copies
-        if len(held) == len(self._spec.layers) * self._spec.num_experts:
-            return False
-        return any(key not in held and pairs > before.get(key, 0) for key, pairs in after.items())
+    def _demand(self) -> npt.NDArray[np.float64]:
+        return self._awaited.demand(self._window.rates(), time.monotonic())
 
     async def _probe(self, hello: ServerHello) -> bool:
         """Whether that very process still answers. One that only hangs counts as gone once it also missed beats."""

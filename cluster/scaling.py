@@ -143,7 +143,7 @@ class Scaling:
             if count > need:
                 why = self._decided[pool.name].reason if pool.name in self._decided else Reason.FLOOR
                 detail = f"{need} would do, fewer after {self._downscale_delay_s:g} s of that"
-            elif need > floor:
+            elif need > floor or (need and asked and not have):
                 why, detail = reason, self._words(reason, work, each)
             elif need > each.min_servers:
                 why, detail = Reason.MEMORY, f"{work.copies} copies, {each.max_copies} on a server"

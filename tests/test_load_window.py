@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cluster.awaited import Awaited
 from cluster.load import LoadWindow
 
 TICK_S = 0.25
@@ -133,3 +134,13 @@ def test_a_shift_of_the_load_shows_as_an_error_of_the_forecast() -> None:
         now_s += TICK_S
     assert max(errors) == pytest.approx(2.0, abs=0.3)  # all of it somewhere else
     assert errors[20] < 0.2
+
+
+def test_an_expert_asked_for_while_absent_counts_until_nobody_can_wait_any_more() -> None:
+    awaited, nothing = Awaited(("a", "b"), patience_s=30.0), np.zeros((2, 4))
+    before, after = {("b", 1): 5, ("a", 0): 2}, {("b", 1): 5, ("a", 0): 4, ("b", 3): 1}
+    assert awaited.count(before, after, {("a", 0)}, 100.0), "b/3 is new and nobody holds it"
+    assert not awaited.count(after, after, {("a", 0)}, 101.0)
+    assert np.argwhere(awaited.demand(nothing, 129.0)).tolist() == [[1, 3]]
+    assert not awaited.demand(nothing, 130.1).any()
+    assert not nothing.any(), "the caller's array is left alone"
