@@ -44,6 +44,8 @@ LONGEST_S = 5.0  # a violation may last
 PAIRS_PER_S = 1000.0  # of an emulated server
 EXPERTS, TOP_K, NUM_TOKENS = 32, 2, 32
 COPY_BYTES = 100_000
+LEAST, MOST = 2, 8  # servers, over the day
+TIGHT = {"target_busy": 0.75, "upscale_busy": 0.75, "downscale_delay_s": 10.0}
 PARTS = ("day", "large", "reality")
 
 
@@ -71,38 +73,42 @@ def machine(**constants: float) -> Machine:
 
 
 def day(*, period_s: float, seeds: Sequence[int]) -> Facts:
-    """Both sizes of pool; the day is short, so that starting a server takes as much of it as in an hour's swing."""
+    """The default policy and a tighter one, beside clairvoyants; the day is short, so that starting a server takes as
+    much of it as in an hour's swing."""
     constants = machine()
     idle = Simulation(cluster(2, 2), skewed(2.0, pattern="uniform"), constants, copy_bytes=COPY_BYTES).run(20.0)
     slo_s = SLO_FACTOR * idle["latency_s"]["p50"]
-    found: Facts = {"slo_s": slo_s, "period_s": period_s}
-    for name, least, most, scale in (("5 servers", 2, 5, 1), ("24 servers", 4, 24, 4)):
-        rate = PAIRS_PER_S / (NUM_TOKENS * TOP_K)
-        load = Diurnal(low=0.5 * least * rate, high=0.7 * most * rate, period_s=period_s)
-        config = cluster(least, most)
+    rate = PAIRS_PER_S / (NUM_TOKENS * TOP_K)
+    load = Diurnal(low=0.5 * LEAST * rate, high=0.7 * MOST * rate, period_s=period_s)
 
-        def days(
-            seer: Foresight | None,
-            seeds: Sequence[int],
-            config: ClusterConfig = config,
-            load: Diurnal = load,
-            scale: int = scale,
-        ) -> Facts:
-            return _merged([_day(config, load, constants, slo_s, seed, seer, scale) for seed in seeds])
+    def days(seer: Foresight | None, seeds: Sequence[int], **scaling: float) -> Facts:
+        config = cluster(LEAST, MOST, scaling=scaling)
+        return _merged([_day(config, load, constants, slo_s, seed, seer) for seed in seeds])
 
-        ours, seer = days(None, seeds), _clairvoyant(days, constants, seeds)
+    cheapest = _clairvoyant(days, constants, seeds)
+    found: Facts = {
+        "slo_s": slo_s,
+        "period_s": period_s,
+        "seeds": len(seeds),
+        "servers": [LEAST, MOST],
+        "offered_pairs_per_s": [load.low * NUM_TOKENS * TOP_K, load.high * NUM_TOKENS * TOP_K],
+        "clairvoyant, cheapest": cheapest,
+    }
+    for name, scaling in {"default": {}, "tight": TIGHT}.items():
+        target = cluster(LEAST, MOST, scaling=scaling).scaling.target_busy
+        ours = days(None, seeds, **scaling)
+        same = days(Foresight(utilisation=target, lead_s=constants.start_s + 1.0), seeds)
         found[name] = {
-            "offered_pairs_per_s": [load.low * NUM_TOKENS * TOP_K, load.high * NUM_TOKENS * TOP_K],
-            "scale": scale,
+            "scaling": cluster(LEAST, MOST, scaling=scaling).scaling.model_dump(),
             "ours": ours,
-            "clairvoyant": seer,
-            "server_s_ratio": round(ours["server_s"] / seer["server_s"], 4),
-            "scaling": config.scaling.model_dump(),
+            "clairvoyant, same target_busy": same,
+            "ratio_to_same_target": round(ours["server_s"] / same["server_s"], 4),
+            "ratio_to_cheapest": round(ours["server_s"] / cheapest["server_s"], 4),
         }
     return found
 
 
-def _clairvoyant(days: Callable[[Foresight, Sequence[int]], Facts], constants: Machine, seeds: Sequence[int]) -> Facts:
+def _clairvoyant(days: Callable[..., Facts], constants: Machine, seeds: Sequence[int]) -> Facts:
     """The cheapest clairvoyant cluster without a violation that lasts too long, found with the first seed."""
     seer = best = Foresight(utilisation=0.6, lead_s=constants.start_s + 1.0)
     for percent in (70, 80, 85, 90, 95):
@@ -120,7 +126,6 @@ def _day(
     slo_s: float,
     seed: int,
     seer: Foresight | None,
-    scale: int,
 ) -> Facts:
     """One cycle, after a warm-up of a quarter of one at its lowest load."""
     warm_s = load.period_s / 4
@@ -129,9 +134,7 @@ def _day(
         return load(max(now_s - warm_s, 0.0))
 
     workload = skewed(rate, every_s=load.period_s / 6, seed=seed)
-    sim = Simulation(
-        config, workload, constants, copy_bytes=COPY_BYTES, slo_s=slo_s, foresight=seer, scale=scale, seed=seed
-    )
+    sim = Simulation(config, workload, constants, copy_bytes=COPY_BYTES, slo_s=slo_s, foresight=seer, seed=seed)
     end_s = warm_s + load.period_s
     told = sim.run(end_s, warm_up_s=warm_s)
     outcomes = sorted(

@@ -6,10 +6,12 @@ request at a time on an idle cluster, and from a server killed while there is no
 """
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -55,7 +57,6 @@ WITHIN = 0.2  # of the real cluster's throughput and p99
 
 def reality(*, seconds: float) -> Facts:
     """All scenarios, `seconds` each. SIGTERM unwinds like Ctrl-C, so that everything started is ended."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)  # the cores belong to the cluster
     hop_s = asyncio.run(_echo_s()) / 2
     nodes = NodeScaling(min_nodes=SERVERS, max_nodes=SERVERS + 1, idle_s=3600.0)
@@ -64,6 +65,7 @@ def reality(*, seconds: float) -> Facts:
         port = _free_port()  # Serve keeps its proxy from one cluster to the next
         try:
             connect(local.address)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place
 
             def make(**sections: Mapping[str, Any]) -> ClusterConfig:
                 return make_config(model, port, least=SERVERS, most=SERVERS, **sections)
@@ -71,6 +73,7 @@ def reality(*, seconds: float) -> Facts:
             def run(config: ClusterConfig, play: Story, pattern: str, rate: float) -> Facts:
                 story = partial(play, requests_per_s=rate, seconds=seconds)
                 told, account = perform(local, config, pattern, 1, story)
+                print(json.dumps(told), file=sys.stderr, flush=True)
                 return told | {"account": account}
 
             usual, static = make(), make(placement={"max_moves": 0})
