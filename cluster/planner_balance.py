@@ -29,7 +29,7 @@ _SWAPS_TRIED = 8  # of the best, while copies are blocked
 _SWAP_WORTH = 0.5  # of a move that relieves as much: it takes two loads
 _LEAST_RELIEF = 0.02  # of the even load: less is not worth a load
 _DEAR_RELIEF = 0.2  # the same while bytes are too short for the goal
-_ABOVE_GOAL = 0.002  # what is balanced is the load and a little more
+_ABOVE_GOAL = 0.005  # of the balancedness: a layer is done when it is _NEAR the level for that
 _NEAR = 0.005  # of the even load: steps that bring a layer no nearer than this to its end are left out
 _NEWCOMER = 0.25  # of the mean fill: a server that holds less should take load at once
 _TOLERANCE = 1e-9
@@ -147,13 +147,12 @@ class _Layer:
         short = 0
         if reached * inputs.rebalance_below > self._even and draft.moves_left:
             short = self._denied()
-        goal = self._even / inputs.goal
-        if reached <= goal:
-            near = goal if reached > self._level else self._level
-        else:
-            gained = before - reached >= (inputs.goal - inputs.rebalance_below) / 2 * before
-            near = max(self._level, reached + _NEAR * self._even) if gained else before
-        near += _TOLERANCE * self._even
+        near = self._level + _NEAR * self._even
+        if reached > max(near, self._even / inputs.goal):
+            least_gain = 0.0 if self._row in draft.filled else (inputs.goal - inputs.rebalance_below) / 2
+            gained = before - reached >= least_gain * before
+            near = reached + _NEAR * self._even if gained else before
+        near = max(near, reached) + _TOLERANCE * self._even
         last = next(i for i, state in enumerate(states) if state.top <= near)
         while states[last].num_loads > draft.moves_left:
             last -= 1  # the next plan goes on from there
@@ -193,19 +192,24 @@ class _Layer:
         relative_S = self._load_S / self._draft.speed_S
         server = int(relative_S.argmax())
         top = float(relative_S[server])
-        if top <= self._level + _TOLERANCE * self._even:
+        if top <= self._level + _NEAR * self._even:
             return False
-        return any(self._relieve(server, self._level + (top - self._level) * part) for part in (0, 0.5, 0.75))
+        least = self._least_relief * self._even * float(self._draft.speed_S[server])
+        for part in (0, 0.5, 0.75):
+            level = self._level + (top - self._level) * part
+            excess = (top - level) * float(self._draft.speed_S[server])
+            enough = least if part else min(excess, least)
+            if excess >= enough and self._relieve(server, level, enough - _TOLERANCE * self._even):
+                return True
+        return False
 
-    def _relieve(self, server: int, level: float) -> bool:
-        """Take load off a server by shares and at most one more place for an expert; nobody gets above `level`."""
-        draft, mark = self._draft, self._draft.mark()
+    def _relieve(self, server: int, level: float, enough: float) -> bool:
+        """Take at least `enough` off a server by shares and one more place for an expert; nobody gets above `level`."""
+        draft, mark, num_evicted = self._draft, self._draft.mark(), len(self._evicted)
         excess = -float(self._room(level)[server])
-        least = self._least_relief * self._even * float(draft.speed_S[server])
-        enough = min(excess, least) - _TOLERANCE * self._even
         left = self._shift(server, level)
-        if left > _TOLERANCE * self._even and draft.moves_left:
-            relief = self._best(server, level, enough)
+        if left > _NEAR * self._even and draft.moves_left:
+            relief = self._best(server, level, min(enough, left))
             if relief is not None:
                 self._apply(server, relief)
                 if not relief.whole and left > 2 * relief.share * self._weight_E[relief.expert]:
@@ -214,6 +218,7 @@ class _Layer:
         if excess - left >= enough:
             return True
         draft.undo(mark)
+        del self._evicted[num_evicted:]
         return False
 
     def _room(self, level: float) -> Floats:
@@ -305,8 +310,14 @@ class _Layer:
         copy_worth = _DEAR_COPY_WORTH if dear else _COPY_WORTH
         for negative, expert in amounts:
             weight = self._weight_E[expert]
-            amount = min(excess, most, -negative - WARM_SHARE * weight)
-            if amount < enough or copy_worth * amount <= (found.worth if found else 0.0):
+            warm = WARM_SHARE * weight
+            amount = max(min(excess, most, -negative - warm), warm)
+            if (
+                -negative < 2 * warm
+                or amount > most
+                or amount < enough
+                or copy_worth * amount <= (found.worth if found else 0.0)
+            ):
                 break
             if draft.count_LE[row, expert] < draft.most:
                 target = self._target(expert, amount, room_S)
@@ -316,7 +327,7 @@ class _Layer:
 
     def _target(self, expert: int, amount: float, room_S: Floats) -> int | None:
         """The server for `amount` of an expert: of those with room the one with most free bytes, then the fullest."""
-        fits = np.flatnonzero(room_S >= amount - _TOLERANCE * self._even)
+        fits = np.flatnonzero((room_S >= amount - _TOLERANCE * self._even) & (room_S > 0))
         rank = self._draft.free_S[fits] - room_S[fits] / (2 * self._draft.total_L[self._row])
         for place in np.argsort(-rank, kind="stable").tolist():
             if self._draft.may_hold(self._row, expert, int(fits[place])):

@@ -286,7 +286,7 @@ def test_a_plan_for_what_the_last_one_asked_for_changes_nothing(seed: int, copie
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32), max_moves=st.integers(2, 5))
 def test_plans_of_a_few_moves_each_end_in_balance_where_one_plan_does(seed: int, max_moves: int) -> None:
-    inputs = random_input(seed, copies=3.0)
+    inputs = random_input(seed, copies=8.0)
     started = replace(inputs, current=plan(replace(inputs, load_LE=np.zeros_like(inputs.load_LE))).copies)
     at_once = plan(started).copies
     for _ in range(500):
