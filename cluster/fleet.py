@@ -19,7 +19,7 @@ from cluster.loads import LoadQueue
 from cluster.members import Router, Server
 from cluster.messages import Assignment, Key, ServerHello
 from cluster.routable import routable
-from cluster.steps import Load
+from cluster.steps import Load, Step, Unload
 from router.table import CopyShare, PlacementTable, ServerAddress, empty_table
 
 
@@ -63,6 +63,7 @@ class Fleet:
         self._holders: dict[Key, set[str]] = {}  # servers where it is observed
         self._table = empty_table(num_experts)
         self._dirty: set[Key] = set()
+        self._let_go: set[Key] = set()  # experts that lose their last copy, for the memory
         self._closing = False
         self._overtaken = 0
 
@@ -95,7 +96,7 @@ class Fleet:
         observed = {
             key: tuple(CopyShare(server_id=held, share=1 / len(holders)) for held in sorted(holders))
             for key, holders in self._holders.items()
-            if holders and not self._target.get(key)
+            if holders and not self._target.get(key) and key not in self._let_go
         }
         return {key: copies for key, copies in self._target.items() if copies} | observed
 
@@ -231,26 +232,30 @@ class Fleet:
         self._advance(now_s)
         return lost
 
-    def adopt(self, target: Mapping[Key, tuple[CopyShare, ...]], loads: Iterable[Load], now_s: float) -> None:
+    def adopt(self, target: Mapping[Key, tuple[CopyShare, ...]], steps: Iterable[Step], now_s: float) -> None:
         """Pursue a new plan instead of the last one.
 
         Args:
             target: copies on unknown servers are ignored.
-            loads: what is known of the target's new copies; those it does not name count as missing.
+            steps: what is known of the target's new copies; those it does not name count as missing. An expert loses
+                its last copy if a step takes it for memory.
         """
+        steps = tuple(steps)
         old = self._target
         self._target = {
             key: tuple(copy for copy in copies if copy.server_id in self._servers) for key, copies in target.items()
         }
         changed = {key for key in old.keys() | target.keys() if self._target.get(key, ()) != old.get(key, ())}
-        known = {(load.key, load.server_id): load for load in loads}
+        known = {(step.key, step.server_id): step for step in steps if isinstance(step, Load)}
+        for_memory = {step.key for step in steps if isinstance(step, Unload) and step.reason == "memory"}
+        self._let_go = {key for key in self._let_go | for_memory if self._holders.get(key) and not target.get(key)}
         for key in sorted(changed):
             wanted = {copy.server_id for copy in self._target.get(key, ())}
             for server_id in {copy.server_id for copy in old.get(key, ())} - wanted:
                 self._overtaken += self._queue.discard(key, server_id)
             for server_id in sorted(wanted - self._requested.get(key, set())):
                 self._queue.add(known.get((key, server_id)) or Load(key=key, server_id=server_id, reason="missing"))
-        self._dirty |= changed
+        self._dirty |= changed | self._let_go
         self._advance(now_s)
 
     def close(self, now_s: float) -> None:
@@ -290,9 +295,8 @@ class Fleet:
     def _publish(self) -> None:
         old, dirty, self._dirty = self._table.copies, self._dirty, set()
         stuck = {server_id for server_id, server in self._servers.items() if server.lets_go}
-        named = {  # rule 1
-            key: routable(self._target.get(key, ()), self._holders.get(key, set()), stuck) for key in dirty
-        }
+        live = {key: self._holders.get(key, set()) if key not in self._let_go else set() for key in dirty}
+        named = {key: routable(self._target.get(key, ()), live[key], stuck) for key in dirty}  # rule 1
         changes = {key: copies for key, copies in named.items() if copies != old.get(key, ())}
         listed = {server.server_id for server in self._table.servers}
         if changes or listed != self._servers.keys() or self._table.epoch <= self._floor:

@@ -29,7 +29,6 @@ from cluster.overview import copies_by_count, demand_line, hottest, layer_balanc
 from cluster.planner import PlannerInput, PlannerServer, plan
 from cluster.pools import Pools
 from cluster.pulling import log_to_serve
-from cluster.steps import Load
 from protos import expert_pb2
 from protos.checkpoint import read_model
 from protos.services import CHANNEL_OPTIONS, status_method
@@ -266,8 +265,7 @@ class Placement:
             self._note("memory", f"{len(found.missing)} experts have no place within the servers' budgets")
         if found.steps:
             with self._acting():
-                loads = [step for step in found.steps if isinstance(step, Load)]
-                self._fleet.adopt(found.copies, loads, time.monotonic())
+                self._fleet.adopt(found.copies, found.steps, time.monotonic())
             self._journal.planned(found, self._fleet.copy_bytes, self._fleet.epoch, now_s)
 
     def _planner_input(self) -> PlannerInput:

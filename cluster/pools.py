@@ -53,11 +53,17 @@ class Pools:
 
     def joined(self, hello: ServerHello) -> None:
         """A server has registered."""
-        if hello.pool in self._max_copies:
-            self._max_copies[hello.pool] = hello.max_copies
+        if hello.pool not in self._configs:  # of an older config, on its way out
+            return
+        budget = self._configs[hello.pool].settings.budget_bytes
+        for name, pool in self._configs.items():
+            if name == hello.pool or not self._max_copies[name]:  # a pool that never ran: as its budget promises
+                self._max_copies[name] = hello.max_copies * pool.settings.budget_bytes // budget
 
     def beat_server(self, hello: ServerHello, beat: ServerBeat, now_s: float) -> None:
         """A server has reported."""
+        if hello.pool not in self._configs:
+            return
         self._servers.setdefault(beat.server_id, _Server(hello.pool)).observe(beat, now_s)
         paces = sorted(server.pairs_per_s for server in self._of(hello.pool) if server.pairs_per_s)
         if paces:

@@ -190,7 +190,7 @@ class SimPlacement:
         if found.steps:
             self.loads += len(loads)
             self.unloads += sum(isinstance(step, Unload) for step in found.steps)
-            self.fleet.adopt(found.copies, loads, self._clock.now_s)
+            self.fleet.adopt(found.copies, found.steps, self._clock.now_s)
             self._after()
         if self._again:
             self.replan()

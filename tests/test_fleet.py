@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.fleet import Fleet
 from cluster.members import STUCK_S
 from cluster.messages import Assignment, Key, ServerHello
-from cluster.steps import Load, Reason
+from cluster.steps import Load, Reason, Unload
 from router.table import CopyShare, PlacementTable, empty_table
 
 NUM_EXPERTS = 3
@@ -137,6 +137,27 @@ def test_a_copy_enters_the_table_only_when_its_server_observed_it() -> None:
     a.step()
     a.report(fleet, 1.0)
     assert named(fleet.table, KEYS[0]) == {"a"}
+
+
+def test_the_last_copy_of_an_expert_makes_room_where_the_plan_says_so() -> None:
+    fleet, a, _, router = two_servers_and_a_router()
+    fleet.adopt({KEYS[0]: shares("a")}, (), 1.0)
+    a.settle(fleet, 1.0)
+    router.poll(fleet)
+    fleet.adopt({KEYS[1]: shares("b")}, (), 2.0)
+    assert named(fleet.table, KEYS[0]) == {"a"}, "a plan that only forgets it takes nothing away"
+    fleet.adopt({KEYS[1]: shares("a")}, [Unload(key=KEYS[0], server_id="a", reason="memory")], 3.0)
+    assert not named(fleet.table, KEYS[0])
+    assert KEYS[0] not in fleet.current, "the next plan does not count on it"
+    a.settle(fleet, 3.0)
+    assert KEYS[0] in a.held, "a router may still use it"
+    router.poll(fleet)
+    router.report(fleet, 3.1)
+    a.settle(fleet, 3.1)
+    assert a.held == {KEYS[1]}
+    fleet.adopt({KEYS[0]: shares("a"), KEYS[1]: shares("a")}, (), 4.0)
+    a.settle(fleet, 4.0)
+    assert named(fleet.table, KEYS[0]) == {"a"}, "it may come back"
 
 
 def test_a_move_keeps_the_old_copy_until_the_new_one_serves_and_routers_left_it() -> None:

@@ -276,6 +276,15 @@ def test_memory_grows_the_roomy_pool() -> None:
     assert members.run(1, pairs_per_s=0, copies=250) == ["cheap 1 -> 3 memory"]
 
 
+def test_a_pool_that_never_ran_holds_what_its_budget_promises() -> None:
+    members = Members(TWO_POOLS)
+    members.join("f", "fast", max_copies=10)
+    assert {pool["name"]: pool["max_copies"] for pool in members.pools.status(members.hellos)} == {
+        "fast": 10,
+        "cheap": 160,
+    }
+
+
 def test_open_requests_wake_a_pool_of_none() -> None:
     members = Members([{"name": "cheap", "min": 0, "max": 3}])
     assert members.run(10, pairs_per_s=0) == []
