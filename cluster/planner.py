@@ -32,7 +32,7 @@ from router.table import CopyShare
 
 __all__ = ["Plan", "PlannerInput", "PlannerServer", "balancedness", "plan"]
 
-_ROUNDS = 4  # bytes that one rule gives free may serve another; more than two are rare
+_ROUNDS = 8  # bytes that one rule gives free may serve another; more than two are rare
 
 
 def plan(inputs: PlannerInput) -> Plan:
@@ -40,10 +40,10 @@ def plan(inputs: PlannerInput) -> Plan:
     draft = Draft(inputs)
     lost = place_missing(draft)
     short = 0
-    for _ in range(_ROUNDS):
+    for attempt in range(_ROUNDS):
         mark = draft.mark()
         drop_surplus(draft)
-        short = rebalance(draft)
+        short = rebalance(draft, new=draft.filled if attempt == 0 else frozenset())
         spread_idle(draft)
         survive(draft)
         if draft.mark() == mark:

@@ -14,6 +14,7 @@ lack of bytes are counted.
 Shapes: S servers.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,10 +36,13 @@ _NEWCOMER = 0.25  # of the mean fill: a server that holds less should take load 
 _TOLERANCE = 1e-9
 
 
-def rebalance(draft: Draft) -> int:
+def rebalance(draft: Draft, *, new: Collection[int]) -> int:
     """Bring layers below `rebalance_below` to the goal, the worst first; returns how many copies bytes were short of.
 
     A server that has just come is reason enough to touch every layer that is below the goal.
+
+    Args:
+        new: layers that were filled just now, and are to reach the goal in any case.
     """
     if not draft.num_servers:
         return 0
@@ -46,7 +50,7 @@ def rebalance(draft: Draft) -> int:
     touched = 1 / (inputs.goal if newcomers(draft) else inputs.rebalance_below)
     limit_L = np.full(draft.num_layers, touched)
     aim = min(inputs.goal + _ABOVE_GOAL, 1.0)
-    limit_L[list(draft.filled)] = 1 / aim
+    limit_L[list(new)] = 1 / aim
     rows = np.flatnonzero((peak_L > limit_L + _TOLERANCE) & ~draft.idle_L)
     rows = rows[np.argsort(-peak_L[rows], kind="stable")]
     if not rows.size:
@@ -55,7 +59,7 @@ def rebalance(draft: Draft) -> int:
     evictions, short = Evictions(draft), 0
     for place, row in enumerate(rows.tolist()):
         part = int(draft.free_S.sum()) // (len(rows) - place)
-        short += _Layer(draft, row, float(level_L[place]), part, evictions).balance()
+        short += _Layer(draft, row, float(level_L[place]), part, evictions).balance(new=row in new)
     return short
 
 
@@ -137,7 +141,7 @@ class _Layer:
         self._loads: list[Copy] = []
         self._evicted: list[Copy] = []
 
-    def balance(self) -> int:
+    def balance(self, *, new: bool) -> int:
         """Change the draft; returns the copies for which bytes were short."""
         draft, inputs = self._draft, self._draft.inputs
         states = [self._state()]
@@ -149,9 +153,9 @@ class _Layer:
             short = self._denied()
         near = self._level + _NEAR * self._even
         if reached > max(near, self._even / inputs.goal):
-            least_gain = 0.0 if self._row in draft.filled else (inputs.goal - inputs.rebalance_below) / 2
+            least_gain = 0.0 if new else (inputs.goal - inputs.rebalance_below) / 2
             gained = before - reached >= least_gain * before
-            near = reached + _NEAR * self._even if gained else before
+            near = reached + (0.0 if new else _NEAR * self._even) if gained else before
         near = max(near, reached) + _TOLERANCE * self._even
         last = next(i for i, state in enumerate(states) if state.top <= near)
         while states[last].num_loads > draft.moves_left:
@@ -215,7 +219,7 @@ class _Layer:
                 if not relief.whole and left > 2 * relief.share * self._weight_E[relief.expert]:
                     self._spread(server, relief.expert, level, enough)
                 return True
-        if excess - left >= enough:
+        if excess - left >= enough or left <= _NEAR * self._even:
             return True
         draft.undo(mark)
         del self._evicted[num_evicted:]

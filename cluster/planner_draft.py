@@ -203,11 +203,13 @@ class Draft:
         self.rescaled_LE = (np.abs(sum_X - 1) > 1e-9).reshape(shape)
         self.count_LE = np.bincount(cell_C, minlength=cells).reshape(shape)
         self.free_S = self.budget_S - np.bincount(self._server_C, minlength=self.num_servers)
-        self.load_LS = np.bincount(
+        load_X = np.bincount(
             self._layer_C * self.num_servers + self._server_C,
             weights=self._share_C * self.weight_LE[self._layer_C, self._expert_C],
             minlength=self.num_layers * self.num_servers,
-        ).reshape(self.num_layers, self.num_servers)
+        )
+        # Counts of nothing are whole numbers, weights or not: loads never are.
+        self.load_LS = load_X.astype(np.float64).reshape(self.num_layers, self.num_servers)
 
     def _blocked(self) -> frozenset[tuple[int, int, int]]:
         rows = {layer: row for row, layer in enumerate(self.inputs.layers)}
