@@ -125,6 +125,7 @@ class Scaling:
             work = Work(steady=busy, latest=busy_now, before=busy_now, copies=work.copies)
         targets = [self._target(pool) for pool in pools]
         have = sum(count * each.pairs_per_s for count, each in zip(targets, servers, strict=True))
+        held = work.steady + work.backlog_pairs / self._drain_backlog_s  # while it waits, nobody goes
         if any(pool.running < target for pool, target in zip(pools, targets, strict=True)):
             work = replace(work, backlog_pairs=0.0)  # it grows while servers start that will work it off
         required, reason, grows = self._required(work, have)
@@ -134,11 +135,12 @@ class Scaling:
 
         floors = cover(servers, pairs_per_s=0.0, copies=work.copies)
         needs = cover(servers, pairs_per_s=required, copies=copies)
+        keeps = cover(servers, pairs_per_s=max(required, held), copies=copies)
         decided = {}
-        for pool, each, target, floor, need in zip(pools, servers, targets, floors, needs, strict=True):
-            lasting = self._remember(pool.name, need, now_s)
+        for pool, each, target, floor, need, keep in zip(pools, servers, targets, floors, needs, keeps, strict=True):
+            lasting = self._remember(pool.name, keep, now_s)
             wanted = need if grows else max(min(need, target), floor)
-            count = max(wanted, self._shrunk(pool.name, target, lasting, need, now_s) if watched else target)
+            count = max(wanted, self._shrunk(pool.name, target, lasting, keep, now_s) if watched else target)
             count = max(each.min_servers, min(count, each.max_servers))
             if count > need:
                 why = self._decided[pool.name].reason if pool.name in self._decided else Reason.FLOOR

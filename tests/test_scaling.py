@@ -142,6 +142,18 @@ def test_down_only_after_the_whole_delay_and_in_one_step() -> None:
     assert down.reason == Reason.FLOOR
 
 
+def test_servers_that_take_long_to_start_are_waited_for_while_work_waits() -> None:
+    """Callers that wait for answers ask for no more than the one server there is can do."""
+    scaling, one = make(), replace(ONE, min_servers=1)
+    busy, idle = steadily(950, backlog_pairs=9000), Work()
+    counts = []
+    for tick in range(600):
+        pool = Pool(name="default", servers=one, running=1, busy=1.0, busy_now=1.0)
+        counts.append(scaling.decide(busy if tick < 400 else idle, [pool], tick * TICK_S)["default"].servers)
+    assert counts[0] == counts[400] == 6, "20 s later they still have not started"
+    assert counts[-1] == 1, "and if nobody asks any more, they need not"
+
+
 @pytest.mark.parametrize("period_s", [1.0, 2.0, 4.0, 6.0, 8.0])
 def test_a_square_wave_faster_than_the_delay_changes_nothing_once_it_is_known(period_s: float) -> None:
     changes = simulate(lambda now_s: 3000 if now_s % period_s < period_s / 2 else 300, 80)
