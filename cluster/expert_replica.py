@@ -23,6 +23,7 @@ from cluster.demand import Pace
 from cluster.messages import Assignment, Key, ServerBeat, ServerHello
 from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
 from cluster.scaling import BACKLOG, BUSY
+from cluster.spare import keep_spare_worker
 from experts.service import ExpertServer
 from protos import expert_pb2
 from protos.checkpoint import Checkpoint
@@ -75,6 +76,7 @@ class ExpertServerReplica:
         self._released = asyncio.Event()
         self._probe = grpc.aio.insecure_channel(address)
         loop = asyncio.get_running_loop()
+        self._spare = loop.create_task(keep_spare_worker())
         self._tasks = [loop.create_task(forever(step)) for step in (self._beat, self._poll, self._apply)]
 
     # ------------------------------------------------------------------ Serve's hooks
@@ -97,7 +99,7 @@ class ExpertServerReplica:
         self._hello = replace(self._hello, draining=True)  # a placement that restarts meanwhile learns it too
         if not self._released.is_set():  # it is where the whole application goes
             await self._leave(self._hello.server_id)
-        for task in self._tasks:
+        for task in (*self._tasks, self._spare):
             task.cancel()
         await self._probe.close()
         await asyncio.to_thread(self._server.stop, 5.0)

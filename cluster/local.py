@@ -39,7 +39,7 @@ STOP_GRACE_S = 5.0
 _OBJECT_STORE_BYTES = 100 << 20  # nothing of ours goes through the object store
 _FAKE_HEAD_ID = "f" * 51 + "00000"  # what the fake provider calls its head node
 # Importing torch is most of a replica's start: workers that Ray keeps in reserve have it already.
-_PRELOAD = "torch,ray.serve._private.replica"
+_PRELOAD = "torch,ray.serve._private.replica,cluster.expert_replica"
 
 
 _children: dict[int, "subprocess.Popen[bytes]"] = {}  # by session, to be waited for
@@ -184,7 +184,7 @@ def _environment(inherited: Mapping[str, str], *, autoscaling: bool) -> dict[str
         # All nodes on the loopback interface, those of the fake provider too: nothing listens to the network.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_preload_python_modules": _PRELOAD,
-        "RAY_enable_worker_prestart": "1",  # every new node keeps such a worker ready for its first replica
+        "RAY_enable_worker_prestart": "1",  # for the first replica of a node; cluster/spare.py sees to the next
         # Workers import our packages from where this process has them, installed or not.
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parent.parent), *filter(None, [inherited.get("PYTHONPATH")])]

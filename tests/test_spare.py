@@ -1,0 +1,37 @@
+"""On a real Ray: a spare worker starts without work, and the next actor of the node takes it."""
+
+import os
+import time
+from typing import Any
+
+import psutil
+
+from cluster.spare import start_spare_worker
+
+
+async def test_the_next_process_of_a_node_is_the_spare_one(ray_cluster: str) -> None:
+    import ray
+
+    class Worker:
+        async def start_spare(self) -> bool:
+            return await start_spare_worker()
+
+        def idle(self) -> set[int]:
+            workers = psutil.Process(os.getppid()).children()
+            return {worker.pid for worker in workers if worker.cmdline()[:1] == ["ray::IDLE"]}
+
+        def pid(self) -> int:
+            return os.getpid()
+
+    actor: Any = ray.remote(num_cpus=0)(Worker)
+    first = actor.remote()
+    before = ray.get(first.idle.remote())
+    assert ray.get(first.start_spare.remote())
+    end_s = time.monotonic() + 90
+    while not (found := ray.get(first.idle.remote())) - before and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert found - before, "a spare worker has started"
+    others = [actor.remote() for _ in found]
+    assert set(ray.get([other.pid.remote() for other in others])) >= found - before
+    for other in (first, *others):
+        ray.kill(other)
