@@ -115,19 +115,15 @@ class Draft:
     def columns(self) -> tuple[Ints, Ints, Ints, Floats]:
         """(layer_C, expert_C, server_C, share_C) of all copies as they are now."""
         kept_C = ~np.isin(self._layer_C, list(self._shares))
-        rows, experts, servers, shares = [], [], [], []
+        old = (self._layer_C, self._expert_C, self._server_C, self._share_C)
+        parts = [[column[kept_C] for column in old]]
         for row, shares_E in self._shares.items():
-            for expert, held in enumerate(shares_E):
-                for server, share in held.items():
-                    rows.append(row)
-                    experts.append(expert)
-                    servers.append(server)
-                    shares.append(share)
-        layer_C, expert_C, server_C = (
-            np.concatenate((old_C[kept_C], np.array(new, dtype=np.int64)))
-            for old_C, new in ((self._layer_C, rows), (self._expert_C, experts), (self._server_C, servers))
-        )
-        return layer_C, expert_C, server_C, np.concatenate((self._share_C[kept_C], np.array(shares, dtype=np.float64)))
+            expert_C = np.repeat(np.arange(self.num_experts), self.count_LE[row])
+            server_C = np.array([server for shares in shares_E for server in shares], dtype=np.int64)
+            share_C = np.array([share for shares in shares_E for share in shares.values()], dtype=np.float64)
+            parts.append([np.full(len(expert_C), row), expert_C, server_C, share_C])
+        layer_C, expert_C, server_C, share_C = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return layer_C, expert_C, server_C, share_C
 
     # ------------------------------------------------------------------ changing
 

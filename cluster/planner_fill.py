@@ -32,7 +32,7 @@ def fill_layers(draft: Draft, rows: Sequence[int], wanted_LE: npt.NDArray[np.boo
     order_LE = np.argsort(-draft.weight_LE[rows], axis=1, kind="stable")
     binding = bool((num_wanted * draft.speed_S / draft.speed_S.sum() > draft.free_S).any())
     for place, row in enumerate(rows):
-        experts = [expert for expert in order_LE[place].tolist() if wanted_LE[row, expert]]
+        experts = order_LE[place][wanted_LE[row, order_LE[place]]].tolist()
         pour = _Pour(draft, row, experts, level_L[place], 0 if draft.idle_L[row] else spare)
         shares_E = None if binding else pour.by_load()
         if shares_E is None:

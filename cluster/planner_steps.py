@@ -79,12 +79,20 @@ class _Steps:
 
     def compare(self, row: int, experts: Iterable[int]) -> None:
         """Take experts' copies into the target, with the steps that it takes."""
-        layer, shares_E, current = self._draft.inputs.layers[row], self._draft.shares(row), self._draft.inputs.current
+        draft, current = self._draft, self._draft.inputs.current
+        layer, shares_E, whole, ids = draft.inputs.layers[row], draft.shares(row), self._whole, draft.ids
+        load_E, total, weight_E = self._load_LE[row], self._total_L[row], draft.weights(row)
         for expert in experts:
             key, shares = (layer, expert), shares_E[expert]
             before = current.get(key, ())
             if before:
                 self._change(row, key, shares, before)
+            elif len(shares) == 1:  # most experts of a new layer: this loop is its plan's longest
+                (server,) = shares
+                self.copies[key] = whole[server]
+                gain = weight_E[expert] / total
+                self._urgent.append(Load(key=key, server_id=ids[server], reason="missing", gain=gain))
+                self._urgent_load.append(load_E[expert])
             elif shares:
                 self.copies[key] = self._held(shares)
                 for server in shares:
