@@ -173,11 +173,11 @@ def large(*, seconds: float) -> Facts:
             "model": "simulated",
             "experts": {"min_servers": servers, "max_servers": servers, "settings": settings},
             "router": {
-                "num_replicas": 4,
+                "num_replicas": 8,
                 "port": 50051,
-                "settings": {"max_batch_tokens": 1 << 16, "max_queued_tokens": 1 << 22},
+                "settings": {"max_batch_tokens": 1 << 16, "max_queued_tokens": 1 << 22, "chunk_bytes": 1 << 24},
             },
-            "placement": {"plan_interval_s": 0.5, "heartbeat_s": 0.5, "max_moves": 512},
+            "placement": {"plan_interval_s": 0.5, "heartbeat_s": 0.5, "max_moves": 512, "load_bytes_per_s": 20e9},
         }
     )
     per_request = 64 * 8 * layers
@@ -201,7 +201,7 @@ def large(*, seconds: float) -> Facts:
         copy_bytes=copy_bytes,
         row_bytes=7168 * 2,
         faults=[Fault(at_s=0.75 * seconds, server=3)],
-        slo_s=1.0,
+        slo_s=2.0,
         scale=scale,
     )
     told = sim.run(seconds)
@@ -230,7 +230,7 @@ def main() -> None:
     if "day" in only:
         found["day"] = day(period_s=60.0, seeds=(0,)) if args.short else day(period_s=600.0, seeds=(0, 1))
     if "large" in only:
-        found["large"] = large(seconds=4.0 if args.short else 120.0)
+        found["large"] = large(seconds=8.0 if args.short else 120.0)
     if "reality" in only:
         from benchmarks.simulator_reality import reality
 

@@ -118,10 +118,16 @@ class SimPlacement:
             self.pools.beat_server(hello, beat, self._clock.now_s)
         self._after()
 
-    def beat_router(self, router: SimRouter, epoch: int, oldest: int, known: frozenset[str]) -> None:
+    def acknowledge(self, router: SimRouter, epoch: int, oldest: int) -> None:
+        """What a router says about epochs. A real one says it with a whole heartbeat, demand included."""
+        known = frozenset(server.server_id for server in router.snapshot.table.servers)
         now_s = self._clock.now_s
         self.fleet.report_router(router.router_id, epoch=epoch, oldest_epoch=oldest, known_servers=known, now_s=now_s)
         self._after()
+
+    def beat_router(self, router: SimRouter, epoch: int, oldest: int) -> None:
+        self.acknowledge(router, epoch, oldest)
+        now_s = self._clock.now_s
         demand, queued_tokens = router.demand(), router.queued_tokens * router.scale
         self.window.count(router.router_id, demand, now_s)
         self.pools.beat_router(router.router_id, pairs=sum(demand.values()), queued_tokens=queued_tokens, now_s=now_s)

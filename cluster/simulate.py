@@ -13,7 +13,7 @@ Deterministic: the same arguments give the same result.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -229,14 +229,9 @@ class Simulation:
     def _add_router(self, router_id: str, row_bytes: int, rng: np.random.Generator) -> None:
         clock, machine = self._clock, self._machine
 
-        def beat() -> None:
+        def tell(event: Callable[[SimRouter, int, int], None]) -> None:
             snapshot = router.snapshot
-            known = frozenset(server.server_id for server in snapshot.table.servers)
-            clock.after(
-                machine.control_s,
-                self.placement.beat_router,
-                router, snapshot.table.epoch, snapshot.oldest_epoch, known,
-            )  # fmt: skip
+            clock.after(machine.control_s, event, router, snapshot.table.epoch, snapshot.oldest_epoch)
 
         router = SimRouter(
             clock,
@@ -247,12 +242,12 @@ class Simulation:
             servers=self._servers,
             rng=rng,
             on_lost=lambda server_id: clock.after(machine.control_s, self.placement.report_lost, server_id),
-            on_table=beat,
+            on_table=lambda: tell(self.placement.acknowledge),
             row_bytes=row_bytes,
             scale=self._scale,
         )
         self._routers.append(router)
-        clock.every(self._config.placement.heartbeat_s, beat)
+        clock.every(self._config.placement.heartbeat_s, lambda: tell(self.placement.beat_router))
 
     def _lose(self, fault: Fault) -> None:
         running = sorted(self.pool.running)
