@@ -1,7 +1,8 @@
 """Experts that were asked for while no server held them: somebody may still be waiting.
 
 Demand that is counted once decays, while its request waits for a server to start. So such an expert counts as asked
-for until the longest wait is over, or a cluster of none would start a server and not load what it was started for.
+for until the usual wait is over, and longer while no server holds it and requests are open, or a cluster of none would
+start a server and not load what it was started for.
 
 Shapes: L layers, E experts.
 """
@@ -21,7 +22,7 @@ class Awaited:
 
     Args:
         layers: names, in row order.
-        patience_s: how long a request waits.
+        patience_s: how long a request waits if it does not say.
     """
 
     def __init__(self, layers: Sequence[str], *, patience_s: float) -> None:
@@ -35,9 +36,15 @@ class Awaited:
         self._until_s |= dict.fromkeys(asked, now_s + self._patience_s)
         return bool(asked)
 
-    def demand(self, load_LE: npt.NDArray[np.float64], now_s: float) -> npt.NDArray[np.float64]:
+    def demand(
+        self, load_LE: npt.NDArray[np.float64], *, held: Container[Key], open_requests: bool, now_s: float
+    ) -> npt.NDArray[np.float64]:
         """The load, with at least PAIRS_PER_S for every awaited expert."""
-        self._until_s = {key: until_s for key, until_s in self._until_s.items() if until_s > now_s}
+        self._until_s = {
+            key: until_s
+            for key, until_s in self._until_s.items()
+            if until_s > now_s or (open_requests and key not in held)
+        }
         found_LE = load_LE.copy()
         for layer, expert in self._until_s:
             row = self._rows[layer]

@@ -300,7 +300,8 @@ class Placement:
     # ------------------------------------------------------------------ parts
 
     def _demand(self) -> npt.NDArray[np.float64]:
-        return self._awaited.demand(self._window.rates(), time.monotonic())
+        held, waiting = self._fleet.table.copies, any(beat.queued_tokens for beat in self._routers.values())
+        return self._awaited.demand(self._window.rates(), held=held, open_requests=waiting, now_s=time.monotonic())
 
     async def _probe(self, hello: ServerHello) -> bool:
         """Whether that very process still answers. One that only hangs counts as gone once it also missed beats."""

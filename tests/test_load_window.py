@@ -1,5 +1,7 @@
 """Rates from counters: a hot spot shows within a second, a pause is forgiven, restarts and strangers do not disturb."""
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 
@@ -141,6 +143,15 @@ def test_an_expert_asked_for_while_absent_counts_until_nobody_can_wait_any_more(
     before, after = {("b", 1): 5, ("a", 0): 2}, {("b", 1): 5, ("a", 0): 4, ("b", 3): 1}
     assert awaited.count(before, after, {("a", 0)}, 100.0), "b/3 is new and nobody holds it"
     assert not awaited.count(after, after, {("a", 0)}, 101.0)
-    assert np.argwhere(awaited.demand(nothing, 129.0)).tolist() == [[1, 3]]
-    assert not awaited.demand(nothing, 130.1).any()
+
+    def cells(now_s: float, *, held: Collection[tuple[str, int]] = (), open_requests: bool = False) -> list[list[int]]:
+        found: list[list[int]] = np.argwhere(
+            awaited.demand(nothing, held=held, open_requests=open_requests, now_s=now_s)
+        ).tolist()
+        return found
+
+    assert cells(129.0) == [[1, 3]]
+    assert cells(500.0, open_requests=True) == [[1, 3]], "its server takes long to start"
+    assert not cells(500.0, held={("b", 3)}, open_requests=True), "what still waits does so for something else"
+    assert not cells(129.0), "forgotten"
     assert not nothing.any(), "the caller's array is left alone"
