@@ -46,7 +46,8 @@ def _doubtful(draft: Draft, slack: float) -> list[tuple[int, int]]:
         return []
     layer_C, expert_C, server_C, share_C = draft.columns()
     chosen_C = np.flatnonzero(several_LE[layer_C, expert_C])
-    layer_C, expert_C, server_C, share_C = (column[chosen_C] for column in (layer_C, expert_C, server_C, share_C))
+    layer_C, expert_C, server_C = (column[chosen_C] for column in (layer_C, expert_C, server_C))
+    share_C = share_C[chosen_C]
     room_C = slack * draft.level_L[layer_C] * draft.speed_S[server_C] - draft.load_LS[layer_C, server_C]
     cell_C = layer_C * draft.num_experts + expert_C
     room_X = np.bincount(cell_C, weights=room_C.clip(0.0), minlength=draft.count_LE.size)
