@@ -2,8 +2,8 @@
 
     python -m benchmarks.elasticity [--only a,b,c,d] [--short] [--out FILE]
 
-Every part deploys its own clusters on a Ray of its own (local, fake GPU nodes) with servers paced to a slow device's
-rate, offers an open-loop load, and judges requests by when they were due. Fixed before anything is measured:
+Every arm is a cluster of its own on a Ray of its own (local, fake GPU nodes) whose servers are paced to a slow device's
+rate. It gets an open-loop load, and requests are judged by when they were due. Fixed before anything is measured:
 
     SLO      4 times the p50 latency of the cluster at 5 % load, uniform (measured first)
     load     60 % of what the servers can compute, zipf(1.2) over 32 experts of one layer, top-2
@@ -20,22 +20,18 @@ rate, offers an open-loop load, and judges requests by when they were due. Fixed
 import argparse
 import json
 import platform
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
-import ray
 import torch
 
 from benchmarks import elasticity_parts as parts
@@ -47,12 +43,13 @@ from benchmarks.elasticity_stage import (
     PAIRS_PER_REQUEST,
     SKEW,
     TOKENS_PER_REQUEST,
+    WARM_WORKERS,
     make_config,
     perform,
+    unwinding,
 )
 from benchmarks.elasticity_stock import stock_autoscaling
 from benchmarks.processes import ROOT, make_model
-from cluster.local import LocalRay, NodeScaling, connect, local_ray
 
 SERVERS = 4  # of the parts whose number of servers is fixed
 LEAST, MOST = 2, 5  # of the others
@@ -63,13 +60,12 @@ PARTS = "abcd"
 
 
 class Run:
-    """One run: the Ray, the model, the SLO once it is known, and the story on every arm's cluster."""
+    """One run: the model, the SLO once it is known, and the story of every arm on a cluster of its own."""
 
-    def __init__(self, local: LocalRay, model: Path, lengths: Lengths) -> None:
+    def __init__(self, model: Path, lengths: Lengths) -> None:
         self.lengths = lengths
         self.slo_s = 0.0
-        self._local, self._model = local, model
-        self._http_port = _free_port()  # Serve keeps its proxy from arm to arm
+        self._model = model
 
     def arm(
         self,
@@ -84,11 +80,13 @@ class Run:
         """Tell a story on a cluster of its own; `deployed` is around its deployment and life."""
         say(name)
         sections = {"scaling": {"downscale_delay_s": DOWNSCALE_DELAY_S}} | sections
-        config = make_config(self._model, self._http_port, least=servers[0], most=servers[1], **sections)
+        config = make_config(self._model, least=servers[0], most=servers[1], **sections)
         with deployed or nullcontext():
-            told, account = perform(self._local, config, pattern, 1, story)
+            told, account = perform(config, pattern, 1, story)
         found = told | {"account": account}
-        brief = {name: value for name, value in found.items() if name not in ("onsets", "servers", "seconds")}
+        brief = {
+            name: value for name, value in found.items() if name not in ("onsets", "servers", "scaling", "seconds")
+        }
         say(f"  {json.dumps(brief, default=str)}")
         return found
 
@@ -196,49 +194,18 @@ class Run:
 
 
 def run(only: str, lengths: Lengths) -> Facts:
-    """The chosen parts on a Ray of their own, which is gone afterwards whatever happens."""
+    """The chosen parts; nothing that was started is left afterwards, whatever happens."""
     torch.set_num_threads(1)  # the cores belong to the cluster
-    nodes = NodeScaling(min_nodes=MOST, max_nodes=MOST, idle_s=3600.0)
-    with tempfile.TemporaryDirectory() as folder, _orderly(), local_ray(num_cpus=2, nodes=nodes) as local:
-        model = make_model(Path(folder) / "model", **MODEL)
-        try:
-            connect(local.address)
-            stage = Run(local, model, lengths)
-            found: Facts = {"unloaded": stage.calibrate(), "slo_s": stage.slo_s}
-            for part in only:
-                found[part] = getattr(stage, f"part_{part}")()
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # cleaning up is not interrupted
-            ray.shutdown()
+    with tempfile.TemporaryDirectory() as folder, unwinding():
+        stage = Run(make_model(Path(folder) / "model", **MODEL), lengths)
+        found: Facts = {"unloaded": stage.calibrate(), "slo_s": stage.slo_s}
+        for part in only:
+            found[part] = getattr(stage, f"part_{part}")()
     return found
-
-
-@contextmanager
-def _orderly() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that everything started is ended; handlers are put back afterwards."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def main() -> None:
@@ -261,6 +228,7 @@ def main() -> None:
             "pattern": SKEW,
             "load": LOAD,
             "servers": SERVERS,
+            "warm_workers_per_node": WARM_WORKERS,
             "servers_free": [LEAST, MOST],
             "slo": {"factor": SLO_FACTOR, "inside_share": INSIDE_SHARE, "inside_window_s": INSIDE_WINDOW_S},
             "lengths": asdict(lengths),

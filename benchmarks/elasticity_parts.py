@@ -198,6 +198,10 @@ async def diurnal(
         "violations": [[round(begin - began_s, 2), round(end - begin, 2)] for begin, end in spans],
         "longest_violation_s": max((end - begin for begin, end in spans), default=0.0),
         "servers": _changes(stage.seen.servers, began_s),
+        "scaling": [
+            (round(event["at_s"] - began_s, 2), event["detail"])
+            for event in stage.seen.events_between(began_s, ended_s, "scaling")
+        ],
         "seconds": _seconds(stage, began_s, ended_s, load_at, slo_s),
     }
 
@@ -227,6 +231,7 @@ def _onset(stage: Stage, begin_s: float, end_s: float, slo_s: float) -> Facts:
     """What happened after one onset, in seconds from it; None: it did not happen."""
     found = due_between(stage.seen.outcomes, begin_s, end_s)
     plans = [event for event in stage.seen.events_between(begin_s, end_s, "plan") if _loads(event)]
+    scaled = stage.seen.events_between(begin_s, end_s, "scaling")
     joined = stage.seen.events_between(begin_s, end_s, "server_joined")
     epoch = max((o.epoch for o in due_between(stage.seen.outcomes, begin_s - 1, begin_s)), default=0)
     newer = [o.due_s + o.took_s for o in found if o.epoch > epoch]
@@ -240,7 +245,9 @@ def _onset(stage: Stage, begin_s: float, end_s: float, slo_s: float) -> Facts:
         "plans": len(plans),
         "copies_loaded": sum(map(_loads, plans)),
         "first_new_table_s": min(newer) - begin_s if newer else None,
+        "first_scaling_s": scaled[0]["at_s"] - begin_s if scaled else None,
         "first_server_s": joined[0]["at_s"] - begin_s if joined else None,
+        "last_server_s": joined[-1]["at_s"] - begin_s if joined else None,
         "worst_s": percentile_s(found, 100),
     }
 

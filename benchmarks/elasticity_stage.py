@@ -6,15 +6,20 @@ cores are not the limit; how busy they were is measured and part of every result
 
 import asyncio
 import os
+import signal
+import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import psutil
+import ray
+from ray import serve
 
 from benchmarks.elasticity_slo import Outcome, outcome
 from cluster import app
@@ -22,7 +27,7 @@ from cluster.bring_up import bring_up
 from cluster.checking import Checker
 from cluster.config import ClusterConfig, parse_config
 from cluster.loadgen import LoadGenerator
-from cluster.local import LocalRay
+from cluster.local import LocalRay, NodeScaling, connect, start_ray
 from cluster.patterns import parse_pattern
 from cluster.traffic import DrawnTraffic, Traffic
 from protos.checkpoint import read_model
@@ -36,6 +41,10 @@ TOKENS_PER_REQUEST = 32
 PAIRS_PER_REQUEST = TOKENS_PER_REQUEST * MODEL["top_k"]
 BUDGET_COPIES = 24  # memory of one server: it cannot hold every expert
 SKEW = "zipf:1.2"
+# Ray has as many Python workers ready on each node as it has cores, but does not replace those that servers use up:
+# a node's third server starts cold, which takes seconds of CPU. Hence a new Ray for every arm.
+WARM_WORKERS = 2
+WARM_TIMEOUT_S = 60.0
 CHECK_SHARE = 0.1
 TIMEOUT_S = 15.0
 MAX_OPEN = 1500
@@ -45,14 +54,14 @@ READY_TIMEOUT_S = 120.0
 Told = TypeVar("Told")
 
 
-def make_config(model: Path, http_port: int, *, least: int, most: int, **sections: Mapping[str, Any]) -> ClusterConfig:
+def make_config(model: Path, *, least: int, most: int, **sections: Mapping[str, Any]) -> ClusterConfig:
     """The cluster of one arm: `least` to `most` servers, one per node; `sections` adds to placement and scaling."""
     spec = read_model(model)
     return parse_config(
         {
             "model": str(model),
             "name": "elasticity",
-            "router": {"http_port": http_port, "num_cpus": 0.1, "settings": {"compute_threads": 1}},
+            "router": {"http_port": _free_port(), "num_cpus": 0.1, "settings": {"compute_threads": 1}},
             "experts": {
                 "min_servers": least,
                 "max_servers": most,
@@ -158,19 +167,54 @@ class Stage:
 
 
 def perform(
-    local: LocalRay, config: ClusterConfig, pattern: str, seed: int, story: Callable[[Stage], Awaitable[Told]]
+    config: ClusterConfig, pattern: str, seed: int, story: Callable[[Stage], Awaitable[Told]]
 ) -> tuple[Told, dict[str, Any]]:
-    """Deploy, run `story` under load, delete; returns what it told, and the account of the whole arm.
+    """Start a Ray, deploy, run `story` under load, end all; returns what it told, and the account of the whole arm.
 
     Args:
         pattern: of the load, see `cluster.patterns`.
         seed: of the load.
     """
-    try:
+    most = config.experts.max_servers
+    nodes = NodeScaling(min_nodes=most, max_nodes=most, cpus_per_node=WARM_WORKERS, idle_s=3600.0)
+    with ExitStack() as stack:
+        local = start_ray(num_cpus=WARM_WORKERS, nodes=nodes)
+        stack.callback(_uninterrupted, local.stop)
+        connect(local.address)
+        stack.callback(_uninterrupted, ray.shutdown)
+        stack.enter_context(unwinding())  # connecting has put another handler in place, which aborts
+        _wait_until_warm(local, num_nodes=1 + most)
         found = bring_up(config, timeout_s=READY_TIMEOUT_S)
+        stack.callback(_uninterrupted, serve.shutdown)
         return asyncio.run(_perform(local, config, found["router"]["grpc"], pattern, seed, story))
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that everything started is ended; the handler is put back afterwards."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
     finally:
-        app.remove(config.name)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _uninterrupted(clean_up: Callable[[], Any]) -> None:
+    """Cleaning up is finished before a signal counts."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda signum, frame: came.append(signum)) for number in numbers]
+    try:
+        clean_up()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 async def _perform(
@@ -225,7 +269,7 @@ async def _watch(name: str, local: LocalRay, seen: Seen) -> None:
     known: set[tuple[float, str]] = set()
     while True:
         began_s = loop.time()
-        seen.servers.append((began_s, _num_replicas(local.session)))
+        seen.servers.append((began_s, num_processes(local.session, b"ExpertServer")))
         with suppress(Exception):  # Ray's and Serve's errors, and a placement that does not answer in time
             found = await asyncio.wait_for(app.status(name), 3.0)
             now_s = loop.time()
@@ -239,19 +283,27 @@ async def _watch(name: str, local: LocalRay, seen: Seen) -> None:
         await asyncio.sleep(max(0.02, LOOK_S - (loop.time() - began_s)))
 
 
-def _num_replicas(session: int) -> int:
-    """Expert server processes of that POSIX session: starting, serving and draining ones all cost something.
+def num_processes(session: int, title: bytes) -> int:
+    """Processes of that POSIX session with this in their command line; Ray's workers say there what they are.
 
-    Read from /proc: asking Serve's controller four times a second takes more CPU than a server's whole work.
+    An expert server counts from its first to its last moment: starting, serving and draining ones all cost something.
+    Asking Serve's controller for them four times a second takes more CPU than a server's whole work.
     """
     found = 0
     for process in Path("/proc").iterdir():
         try:
-            if process.name.isdigit() and b"ExpertServer" in (process / "cmdline").read_bytes():
+            if process.name.isdigit() and title in (process / "cmdline").read_bytes():
                 found += os.getsid(int(process.name)) == session
         except OSError:  # it has just ended
             continue
     return found
+
+
+def _wait_until_warm(local: LocalRay, *, num_nodes: int) -> None:
+    """Until Ray has started what it starts by itself: importing it would take the cores from what is measured."""
+    end_s = time.monotonic() + WARM_TIMEOUT_S
+    while num_processes(local.session, b"ray::IDLE") < num_nodes * WARM_WORKERS and time.monotonic() < end_s:
+        time.sleep(0.2)
 
 
 class Cores:
@@ -285,3 +337,10 @@ def _cpu_s(pid: int | None) -> float:
     except psutil.Error:
         return 0.0
     return float(used.user + used.system)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
