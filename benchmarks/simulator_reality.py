@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from benchmarks.elasticity_slo import due_between, percentile_s
@@ -34,11 +32,11 @@ from benchmarks.elasticity_stage import (
     Stage,
     make_config,
     perform,
+    unwinding,
 )
 from benchmarks.processes import Echo, child, make_model
 from cluster import app
 from cluster.config import ClusterConfig
-from cluster.local import NodeScaling, connect, local_ray
 from cluster.patterns import parse_pattern
 from cluster.sim_servers import Machine
 from cluster.simulate import Fault, Simulation
@@ -59,42 +57,35 @@ def reality(*, seconds: float) -> Facts:
     """All scenarios, `seconds` each. SIGTERM unwinds like Ctrl-C, so that everything started is ended."""
     torch.set_num_threads(1)  # the cores belong to the cluster
     hop_s = asyncio.run(_echo_s()) / 2
-    nodes = NodeScaling(min_nodes=SERVERS, max_nodes=SERVERS + 1, idle_s=3600.0)
-    with tempfile.TemporaryDirectory() as folder, local_ray(num_cpus=2, nodes=nodes) as local:
+    with tempfile.TemporaryDirectory() as folder, unwinding():
         model = make_model(Path(folder) / "model", **MODEL)
-        port = _free_port()  # Serve keeps its proxy from one cluster to the next
-        try:
-            connect(local.address)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place
 
-            def make(**sections: Mapping[str, Any]) -> ClusterConfig:
-                return make_config(model, port, least=SERVERS, most=SERVERS, **sections)
+        def make(**sections: Mapping[str, Any]) -> ClusterConfig:
+            return make_config(model, least=SERVERS, most=SERVERS, **sections)
 
-            def run(config: ClusterConfig, play: Story, pattern: str, rate: float) -> Facts:
-                story = partial(play, requests_per_s=rate, seconds=seconds)
-                told, account = perform(local, config, pattern, 1, story)
-                print(json.dumps(told), file=sys.stderr, flush=True)
-                return told | {"account": account}
+        def run(config: ClusterConfig, play: Story, pattern: str, rate: float) -> Facts:
+            story = partial(play, requests_per_s=rate, seconds=seconds)
+            told, account = perform(config, pattern, 1, story)
+            print(json.dumps(told), file=sys.stderr, flush=True)
+            return {**told, "account": account}
 
-            usual, static = make(), make(placement={"max_moves": 0})
-            idle = run(usual, _hold, "uniform", IDLE_REQUESTS_PER_S)
-            replaced = run(usual, _kill, "uniform", IDLE_REQUESTS_PER_S)
-            constants = _machine(usual, idle["p50_s"], hop_s, replaced["replaced_s"])
-            found: Facts = {"constants": asdict(constants), "idle_p50_s": idle["p50_s"]}
-            full = SERVERS * EMULATED_PAIRS_PER_S / PAIRS_PER_REQUEST  # requests per second
-            hottest = full * _balance(static, constants)
-            killed = [Fault(at_s=KILL_AFTER_S, server=1)]
-            for name, config, play, pattern, rate, faults in (
-                ("uniform", usual, _hold, "uniform", 0.6 * full, []),
-                ("static zipf near saturation", static, _hold, "zipf:1.2", 0.9 * hottest, []),
-                ("a server killed", usual, _kill, "uniform", 0.5 * full, killed),
-            ):
-                real = run(config, play, pattern, rate)
-                simulated = _simulate(config, constants, pattern, rate, seconds, faults)
-                found[name] = {"requests_per_s": rate, "real": real, "simulated": simulated}
-                found[name] |= _compare(real, simulated)
-        finally:
-            ray.shutdown()
+        usual, static = make(), make(placement={"max_moves": 0})
+        idle = run(usual, _hold, "uniform", IDLE_REQUESTS_PER_S)
+        replaced = run(usual, _kill, "uniform", IDLE_REQUESTS_PER_S)
+        constants = _machine(usual, idle["p50_s"], hop_s, replaced["replaced_s"])
+        found: Facts = {"constants": asdict(constants), "idle_p50_s": idle["p50_s"]}
+        full = SERVERS * EMULATED_PAIRS_PER_S / PAIRS_PER_REQUEST  # requests per second
+        hottest = full * _balance(static, constants)
+        killed = [Fault(at_s=KILL_AFTER_S, server=1)]
+        for name, config, play, pattern, rate, faults in (
+            ("uniform", usual, _hold, "uniform", 0.6 * full, []),
+            ("static zipf near saturation", static, _hold, "zipf:1.2", 0.9 * hottest, []),
+            ("a server killed", usual, _kill, "uniform", 0.5 * full, killed),
+        ):
+            real = run(config, play, pattern, rate)
+            simulated = _simulate(config, constants, pattern, rate, seconds, faults)
+            found[name] = {"requests_per_s": rate, "real": real, "simulated": simulated}
+            found[name] |= _compare(real, simulated)
     return found
 
 
@@ -221,10 +212,3 @@ async def _echo_s() -> float:
             took.append(time.perf_counter() - began_s)
         await echo.close()
     return statistics.median(took)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
