@@ -36,7 +36,7 @@ class Lengths:
     onsets_copy: int = 12
     onset_s: float = 8.0
     onsets_server: int = 5
-    before_server_s: float = 4.0
+    before_server_s: float = 20.0
     after_server_s: float = 14.0
     steady_s: float = 20.0
     replacements: int = 30

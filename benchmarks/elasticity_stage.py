@@ -41,10 +41,10 @@ TOKENS_PER_REQUEST = 32
 PAIRS_PER_REQUEST = TOKENS_PER_REQUEST * MODEL["top_k"]
 BUDGET_COPIES = 24  # memory of one server: it cannot hold every expert
 SKEW = "zipf:1.2"
-# Ray has as many Python workers ready on each node as it has cores, but does not replace those that servers use up:
-# a node's third server starts cold, which takes seconds of CPU. Hence a new Ray for every arm.
-WARM_WORKERS = 2
-WARM_TIMEOUT_S = 60.0
+CORES_PER_NODE = 1  # Ray starts a Python worker ahead for each
+CALM_BUSY = 0.7  # of the machine's cores, for CALM_S: half of them Ray's many processes take always
+CALM_S = 2.0
+CALM_TIMEOUT_S = 120.0
 CHECK_SHARE = 0.1
 TIMEOUT_S = 15.0
 MAX_OPEN = 1500
@@ -176,16 +176,17 @@ def perform(
         seed: of the load.
     """
     most = config.experts.max_servers
-    nodes = NodeScaling(min_nodes=most, max_nodes=most, cpus_per_node=WARM_WORKERS, idle_s=3600.0)
+    nodes = NodeScaling(min_nodes=most, max_nodes=most, cpus_per_node=CORES_PER_NODE, idle_s=3600.0)
     with ExitStack() as stack:
-        local = start_ray(num_cpus=WARM_WORKERS, nodes=nodes)
+        local = start_ray(num_cpus=2, nodes=nodes)
         stack.callback(_uninterrupted, local.stop)
         connect(local.address)
         stack.callback(_uninterrupted, ray.shutdown)
         stack.enter_context(unwinding())  # connecting has put another handler in place, which aborts
-        _wait_until_warm(local, num_nodes=1 + most)
+        _wait_until_calm(local, idle_workers=most)
         found = bring_up(config, timeout_s=READY_TIMEOUT_S)
         stack.callback(_uninterrupted, serve.shutdown)
+        _wait_until_calm(local, idle_workers=most)
         return asyncio.run(_perform(local, config, found["router"]["grpc"], pattern, seed, story))
 
 
@@ -299,11 +300,17 @@ def num_processes(session: int, title: bytes) -> int:
     return found
 
 
-def _wait_until_warm(local: LocalRay, *, num_nodes: int) -> None:
-    """Until Ray has started what it starts by itself: importing it would take the cores from what is measured."""
-    end_s = time.monotonic() + WARM_TIMEOUT_S
-    while num_processes(local.session, b"ray::IDLE") < num_nodes * WARM_WORKERS and time.monotonic() < end_s:
-        time.sleep(0.2)
+def _wait_until_calm(local: LocalRay, *, idle_workers: int) -> None:
+    """Until Ray and we have started what we start ahead: it would take the cores from what is measured."""
+    end_s = time.monotonic() + CALM_TIMEOUT_S
+    while time.monotonic() < end_s:
+        busy = psutil.cpu_percent(CALM_S) / 100
+        if busy < CALM_BUSY and num_processes(local.session, b"ray::IDLE") >= idle_workers:
+            return
+    raise TimeoutError(
+        f"after {CALM_TIMEOUT_S:g} s {busy:.0%} of the cores are busy and "
+        f"{num_processes(local.session, b'ray::IDLE')} of {idle_workers} nodes have a warm worker"
+    )
 
 
 class Cores:

@@ -26,7 +26,7 @@ PLACEMENT, EXPERT_SERVER, ROUTER = "Placement", "ExpertServer", "Router"
 
 # Calls in flight at a replica are heartbeats and long polls: Serve's default patience of 2 s helps nobody.
 _SHUTDOWN_WAIT_LOOP_S = 0.1
-_REPORT_S = 0.5  # what servers report to Serve is for its dashboard and for other policies: ours does not read it
+_REPORT_S = 2.0  # what servers report to Serve is for its dashboard and for other policies: ours does not read it
 _LOGGING = {"log_level": "INFO", "enable_access_log": False}  # or every heartbeat would be a line
 
 

@@ -184,7 +184,7 @@ class ScalingConfig(_Config):
         default=30.0, ge=0, description="seconds the need must have been lower before servers go"
     )
     metrics_interval_s: float = Field(
-        default=0.05, gt=0, description="seconds between the placement's decisions and their reports to Serve"
+        default=0.2, gt=0, description="seconds between the placement's decisions and their reports to Serve"
     )
 
     @model_validator(mode="after")

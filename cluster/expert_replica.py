@@ -76,7 +76,7 @@ class ExpertServerReplica:
         self._released = asyncio.Event()
         self._probe = grpc.aio.insecure_channel(address)
         loop = asyncio.get_running_loop()
-        self._spare = loop.create_task(keep_spare_worker())
+        self._spare = loop.create_task(keep_spare_worker(config.all_pools))
         self._tasks = [loop.create_task(forever(step)) for step in (self._beat, self._poll, self._apply)]
 
     # ------------------------------------------------------------------ Serve's hooks

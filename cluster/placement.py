@@ -26,9 +26,11 @@ from cluster.load import LoadWindow
 from cluster.messages import Assignment, Key, RouterBeat, ServerBeat, ServerHello, ServerReply
 from cluster.metrics import Metrics
 from cluster.overview import copies_by_count, demand_line, hottest, layer_balance, router_lines, server_line
-from cluster.planner import PlannerInput, PlannerServer, plan
+from cluster.planner import plan
+from cluster.planner_input import planner_input
 from cluster.pools import Pools
 from cluster.pulling import log_to_serve
+from cluster.spare import keep_spare_worker
 from protos import expert_pb2
 from protos.checkpoint import read_model
 from protos.services import CHANNEL_OPTIONS, status_method
@@ -74,7 +76,9 @@ class Placement:
         self._replan = asyncio.Event()
         self._probing: set[str] = set()
         self._looked_s = time.monotonic()  # when liveness was last judged
-        self._planning = asyncio.get_running_loop().create_task(self._plan_forever())
+        loop = asyncio.get_running_loop()
+        self._planning = loop.create_task(self._plan_forever())
+        self._spare = loop.create_task(keep_spare_worker(config.all_pools))
 
     # ------------------------------------------------------------------ expert servers
 
@@ -257,7 +261,10 @@ class Placement:
         self._routers = {router_id: beat for router_id, beat in self._routers.items() if router_id in alive}
         if not self._fleet.settled or not self._fleet.servers:
             return
-        found = await asyncio.to_thread(plan, self._planner_input())
+        inputs = planner_input(
+            self._knobs, self._fleet, layers=self._spec.layers, load_LE=self._demand(), speed=self._pools.speed
+        )
+        found = await asyncio.to_thread(plan, inputs)
         self._wanted_copies = found.wanted_copies
         self._mass_at_risk = found.mass_at_risk
         if found.missing != self._missing:
@@ -267,35 +274,6 @@ class Placement:
             with self._acting():
                 self._fleet.adopt(found.copies, found.steps, time.monotonic())
             self._journal.planned(found, self._fleet.copy_bytes, self._fleet.epoch, now_s)
-
-    def _planner_input(self) -> PlannerInput:
-        knobs = self._knobs
-        # Copies change places through a free slot: without one, two full servers would wait for each other.
-        needed = len(self._spec.layers) * self._spec.num_experts * max(knobs.min_copies, 1)
-        staying = [hello for hello in self._fleet.servers if not self._fleet.is_draining(hello.server_id)]
-        slot = int(sum(hello.max_copies - 1 for hello in staying) >= needed)
-        return PlannerInput(
-            layers=self._spec.layers,
-            load_LE=self._demand(),
-            servers=tuple(
-                PlannerServer(
-                    server_id=hello.server_id,
-                    max_copies=hello.max_copies - slot,
-                    speed=self._pools.speed(hello),
-                    draining=self._fleet.is_draining(hello.server_id),
-                )
-                for hello in self._fleet.servers
-            ),
-            current=self._fleet.current,
-            blocked=self._fleet.blocked,
-            min_copies=knobs.min_copies,
-            max_copies=knobs.max_copies,
-            max_moves=knobs.max_moves,
-            survive=knobs.survive,
-            goal=knobs.goal,
-            rebalance_below=knobs.rebalance_below,
-            min_pairs_per_s=knobs.min_pairs_per_s,
-        )
 
     # ------------------------------------------------------------------ parts
 

@@ -276,20 +276,19 @@ class _Layer:
 
     def _swap(self, server: int, room_S: Floats, excess: float, enough: float) -> _Relief | None:
         """Two experts with one copy each change places, so that the difference is what is too much. Takes no bytes."""
-        draft, shares_E = self._draft, self._draft.shares(self._row)
+        draft, sole_E = self._draft, self._draft.sole(self._row)
         if draft.moves_left < 2:
             return None
-        expert_N = np.flatnonzero(draft.count_LE[self._row] == 1)
-        server_N = np.array([next(iter(shares_E[expert])) for expert in expert_N.tolist()], dtype=np.int64)
+        expert_N = np.flatnonzero(sole_E >= 0)
+        server_N = sole_E[expert_N]
         weight_N = draft.weight_LE[self._row, expert_N]
         here, there = server_N == server, server_N != server
         off_NM = weight_N[here][:, None] - weight_N[there]
         worth_NM = np.minimum(off_NM, excess) - (off_NM - excess).clip(0.0) * _TOLERANCE  # the least beyond is best
         worth_NM[(off_NM < enough) | (off_NM > room_S[server_N[there]])] = 0.0
-        for place in np.argsort(-worth_NM, axis=None, kind="stable")[:_SWAPS_TRIED].tolist():
+        useful = np.flatnonzero(worth_NM > 0)
+        for place in useful[np.argsort(-worth_NM.flat[useful], kind="stable")[:_SWAPS_TRIED]].tolist():
             n, m = divmod(place, worth_NM.shape[1])
-            if worth_NM[n, m] <= 0:
-                break
             expert, back, other = int(expert_N[here][n]), int(expert_N[there][m]), int(server_N[there][m])
             if draft.may_hold(self._row, expert, other) and draft.may_hold(self._row, back, server):
                 return _Relief(_SWAP_WORTH * float(worth_NM[n, m]), expert, other, 1.0, True, back)

@@ -66,6 +66,7 @@ class Draft:
 
         self._shares: dict[int, list[Shares]] = {}
         self._on: dict[int, list[set[int]]] = {}
+        self._sole: dict[int, Ints] = {}
         self._weight: dict[int, list[float]] = {}
         self._journal: list[tuple[int, int, Shares]] = []
         self.changed: set[tuple[int, int]] = set()
@@ -92,6 +93,14 @@ class Draft:
             for expert, shares in enumerate(self.shares(row)):
                 for server in shares:
                     found[server].add(expert)
+        return found
+
+    def sole(self, row: int) -> Ints:
+        """The server of every expert of a layer that has one copy [E]; -1: it has none or several."""
+        found = self._sole.get(row)
+        if found is None:
+            servers = [next(iter(shares)) if len(shares) == 1 else -1 for shares in self.shares(row)]
+            found = self._sole[row] = np.array(servers, dtype=np.int64)
         return found
 
     def weights(self, row: int) -> list[float]:
@@ -144,6 +153,8 @@ class Draft:
                 if on is not None:
                     on[server].add(expert)
         self.count_LE[row, expert] = len(shares)
+        if (sole_E := self._sole.get(row)) is not None:
+            sole_E[expert] = next(iter(shares)) if len(shares) == 1 else -1
         shares_E[expert] = shares
         self.changed.add((row, expert))
         self._journal.append((row, expert, old))
@@ -152,6 +163,7 @@ class Draft:
         """Give a layer that has no copies all of its own."""
         self._shares[row] = shares_E
         self._on.pop(row, None)
+        self._sole.pop(row, None)
         servers = [server for shares in shares_E for server in shares]
         self.free_S -= np.bincount(np.array(servers, dtype=np.int64), minlength=self.num_servers)
         self.count_LE[row] = [len(shares) for shares in shares_E]

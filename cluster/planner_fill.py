@@ -131,7 +131,12 @@ class _Pour:
             heapreplace(heap, (rank(place, load_S[place], used_S[place]), place))
 
         for expert in self._experts:
-            rest, parts = weight_E[expert], dict[int, float]()
+            weight, place = weight_E[expert], heap[0][1]
+            if weight <= (full_S[place] - load_S[place]) * (1 + 1e-9):  # nearly all: the loop's short way
+                self._bin_E[expert] = place
+                take(place, weight)
+                continue
+            rest, parts = weight, dict[int, float]()
             while True:
                 place = heap[0][1]
                 room, least = full_S[place] - load_S[place], _SMALL_PART * full_S[place]

@@ -91,7 +91,7 @@ class _Steps:
                 (server,) = shares
                 self.copies[key] = whole[server]
                 gain = weight_E[expert] / total
-                self._urgent.append(Load(key=key, server_id=ids[server], reason="missing", gain=gain))
+                self._urgent.append(Load(key, ids[server], "missing", gain))
                 self._urgent_load.append(load_E[expert])
             elif shares:
                 self.copies[key] = self._held(shares)
@@ -142,8 +142,8 @@ class _Steps:
         server_id = draft.ids[server]
         known = draft.loads.get((row, expert, server))
         if known:
-            self._further[(row, expert, server)] = Load(key=key, server_id=server_id, reason=known[0], gain=known[1])
+            self._further[(row, expert, server)] = Load(key, server_id, *known)
         else:
             gain = draft.weights(row)[expert] / self._total_L[row]
-            self._urgent.append(Load(key=key, server_id=server_id, reason=otherwise, gain=gain))
+            self._urgent.append(Load(key, server_id, otherwise, gain))
             self._urgent_load.append(self._load_LE[row][expert])

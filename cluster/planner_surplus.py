@@ -84,24 +84,37 @@ def remove_copy(draft: Draft, row: int, expert: int, server: int) -> None:
 class Evictions:
     """Surplus copies server by server, for a plan that needs bytes in one place.
 
-    The list is made once, when it is first needed; what has changed since is checked when it is used.
+    The list is made once, when it is first needed; what has changed since is checked when it is used, and a copy that
+    its layer needed once is not asked for again.
     """
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
-        self._copies_S: list[list[Copy]] | None = None
+        self._copies_S: list[list[Copy]] | None = None  # the cheapest last
 
     def make_room(self, server: int) -> Copy | None:
         """Let the cheapest copy there go that its layer can do without; None if there is none."""
         if self._copies_S is None:
-            self._copies_S = [[] for _ in range(self._draft.num_servers)]
-            for copy in surplus_copies(self._draft, self._draft.least):
-                self._copies_S[copy[2]].append(copy)
-        for copy in self._copies_S[server]:
-            if self._can_go(copy):
-                remove_copy(self._draft, *copy)
-                return copy
+            self._copies_S = self._by_server()
+        copies = self._copies_S[server]
+        while copies:
+            if self._can_go(copies[-1]):
+                remove_copy(self._draft, *copies[-1])
+                return copies[-1]  # it stays listed: what is taken back may go again
+            copies.pop()
         return None
+
+    def _by_server(self) -> list[list[Copy]]:
+        draft = self._draft
+        columns = draft.columns()
+        chosen_C = draft.count_LE[columns[0], columns[1]] > draft.least
+        layer_C, expert_C, server_C, share_C = (column[chosen_C] for column in columns)
+        carried_C = share_C * draft.weight_LE[layer_C, expert_C] / draft.total_L[layer_C]
+        order_C = np.lexsort((expert_C, layer_C, carried_C, server_C))[::-1]
+        found: list[list[Copy]] = [[] for _ in range(draft.num_servers)]
+        for copy in zip(*(column[order_C].tolist() for column in (layer_C, expert_C, server_C)), strict=True):
+            found[copy[2]].append(copy)
+        return found
 
     def _can_go(self, copy: Copy) -> bool:
         draft, (row, expert, server) = self._draft, copy

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.config import ClusterConfig
 from cluster.messages import RouterBeat
 from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
+from cluster.spare import keep_spare_worker
 from protos.checkpoint import read_model
 from router.service import RouterServer
 from router.table import PlacementTable, empty_table
@@ -61,6 +62,7 @@ class RouterReplica:
         self._beat_now = asyncio.Event()
         self._absent = False  # a request waits for an expert that no server holds: its demand is news
         self._lost: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._spare = self._loop.create_task(keep_spare_worker(config.all_pools))
         self._tasks = [self._loop.create_task(forever(step)) for step in (self._beat, self._poll, self._report_lost)]
 
     # ------------------------------------------------------------------ Serve's hooks
@@ -92,7 +94,7 @@ class RouterReplica:
     async def __del__(self) -> None:
         """Answer what is open, then stop."""
         await asyncio.to_thread(self._server.stop, 5.0)
-        for task in self._tasks:
+        for task in (*self._tasks, self._spare):
             task.cancel()
 
     # ------------------------------------------------------------------ control tasks, each step repeated for ever

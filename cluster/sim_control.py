@@ -15,7 +15,8 @@ from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
 from cluster.load import LoadWindow
 from cluster.messages import ServerBeat, ServerHello
-from cluster.planner import Plan, PlannerInput, PlannerServer, plan
+from cluster.planner import Plan, plan
+from cluster.planner_input import planner_input
 from cluster.pools import Pools
 from cluster.relay import AT_LEAST, AT_MOST
 from cluster.sim_events import Clock
@@ -182,7 +183,10 @@ class SimPlacement:
         self._after()
         if self.fleet.settled:
             self._planning = True
-            self._clock.after(self._machine.plan_s, self._adopt, plan(self._planner_input()))
+            inputs = planner_input(
+                self._knobs, self.fleet, layers=self._workload.layers, load_LE=self._load(), speed=self.pools.speed
+            )
+            self._clock.after(self._machine.plan_s, self._adopt, plan(inputs))
 
     def _adopt(self, found: Plan) -> None:
         self._planning = False
@@ -200,35 +204,6 @@ class SimPlacement:
             self._after()
         if self._again:
             self.replan()
-
-    def _planner_input(self) -> PlannerInput:
-        knobs = self._knobs
-        # As in cluster/placement.py: copies change places through a free slot.
-        needed = len(self._workload.layers) * self._workload.num_experts * max(knobs.min_copies, 1)
-        staying = [hello for hello in self.fleet.servers if not self.fleet.is_draining(hello.server_id)]
-        slot = int(sum(hello.max_copies - 1 for hello in staying) >= needed)
-        return PlannerInput(
-            layers=self._workload.layers,
-            load_LE=self._load(),
-            servers=tuple(
-                PlannerServer(
-                    server_id=hello.server_id,
-                    max_copies=hello.max_copies - slot,
-                    speed=self.pools.speed(hello),
-                    draining=self.fleet.is_draining(hello.server_id),
-                )
-                for hello in self.fleet.servers
-            ),
-            current=self.fleet.current,
-            blocked=self.fleet.blocked,
-            min_copies=knobs.min_copies,
-            max_copies=knobs.max_copies,
-            max_moves=knobs.max_moves,
-            survive=knobs.survive,
-            goal=knobs.goal,
-            rebalance_below=knobs.rebalance_below,
-            min_pairs_per_s=knobs.min_pairs_per_s,
-        )
 
     def _load(self) -> npt.NDArray[np.float64]:
         if self._foresight is not None:

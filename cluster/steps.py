@@ -1,7 +1,6 @@
-"""What a plan asks for, one copy or expert at a time."""
+"""What a plan asks for, one copy or expert at a time. Tuples: a large model's first plan makes tens of thousands."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cluster.messages import Key
 
@@ -9,8 +8,7 @@ Reason = Literal["missing", "drain", "load", "survival"]  # why a copy is loaded
 UnloadReason = Literal["load", "drain", "surplus", "memory"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class Load(NamedTuple):
     """A copy that a server should load.
 
     Args:
@@ -26,8 +24,7 @@ class Load:
     gain: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unload:
+class Unload(NamedTuple):
     """A copy that a server should give up: it moved (`load`), its server leaves (`drain`), it no longer pays
     (`surplus`), or its bytes are needed (`memory`)."""
 
@@ -36,8 +33,7 @@ class Unload:
     reason: UnloadReason = "load"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reshare:
+class Reshare(NamedTuple):
     """An expert whose copies stay where they are and divide its traffic otherwise."""
 
     key: Key
