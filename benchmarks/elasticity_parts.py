@@ -21,6 +21,9 @@ from benchmarks.elasticity_slo import (
 )
 from benchmarks.elasticity_stage import EMULATED_PAIRS_PER_S, Stage
 
+# Of the cheapest clairvoyant that keeps the SLO, in `benchmarks.simulator --only day`.
+CHEAPEST_BUSY = 0.85
+
 Facts = dict[str, Any]
 Story = Callable[[Stage], Awaitable[Facts]]
 
@@ -30,14 +33,14 @@ class Lengths:
     """How long everything takes, in seconds, and how often. The defaults are those of the published results."""
 
     unloaded_s: float = 8.0
-    warm_up_s: float = 6.0
+    warm_up_s: float = 12.0
     move_every_s: float = 15.0
-    moves: int = 6  # of the hot spot, in each arm of part a
-    onsets_copy: int = 12
-    onset_s: float = 8.0
+    moves: int = 5  # of the hot spot, in each arm of part a
+    onsets_copy: int = 11
+    onset_s: float = 13.0
     onsets_server: int = 5
     before_server_s: float = 20.0
-    after_server_s: float = 14.0
+    after_server_s: float = 18.0
     steady_s: float = 20.0
     replacements: int = 30
     replacement_s: float = 3.0
@@ -51,7 +54,7 @@ SHORT = Lengths(
     move_every_s=10.0,
     moves=2,
     onsets_copy=3,
-    onset_s=6.0,
+    onset_s=10.0,
     onsets_server=1,
     steady_s=8.0,
     replacements=5,
@@ -129,7 +132,10 @@ async def onsets_for_a_server(
 
 
 async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) -> Facts:
-    """Part c: re-placements, loaded to their last copy, one after another, at a load that needs none of them."""
+    """Part c: re-placements, loaded to their last copy, one after another, at a load that needs none of them.
+
+    `during` are the requests that were open while copies were on their way.
+    """
     stage.offer(pairs_per_s)
     await stage.hold(lengths.warm_up_s)
     steady = await stage.hold(lengths.steady_s)
@@ -144,12 +150,15 @@ async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) ->
         await stage.hold(lengths.replacement_s)
     ended_s = stage.now_s()
     await stage.drain()
-    before = latencies(due_between(stage.seen.outcomes, *steady))
-    during = latencies(due_between(stage.seen.outcomes, steady[1], ended_s))
+    placed = stage.seen.events_between(steady[1], ended_s, "placed")
+    spans = [(event["at_s"] - event["took_s"], event["at_s"]) for event in placed]
+    met = [o for o in due_between(stage.seen.outcomes, steady[1], ended_s) if _overlaps(o, spans)]
+    before, during = latencies(due_between(stage.seen.outcomes, *steady)), latencies(met)
     return {
         "offered_pairs_per_s": pairs_per_s,
         "replacements": done(),
-        "copies_loaded": sum(_loads(event) for event in stage.seen.events_between(steady[1], ended_s, "placed")),
+        "copies_loaded": sum(map(_loads, placed)),
+        "replacements_s": sum(end - begin for begin, end in spans),
         "hot_spot_moves": moves,
         "before": before,
         "during": during,
@@ -176,14 +185,17 @@ async def diurnal(
     await stage.drain()
     experts, scaling = stage.config.experts, stage.config.scaling
     used = server_seconds(stage.seen.servers, begin_s=began_s, end_s=ended_s)
-    known = clairvoyant_server_s(
-        load_at,
-        duration_s=ended_s - began_s,
-        server_pairs_per_s=EMULATED_PAIRS_PER_S,
-        busy=scaling.target_busy,
-        least=experts.min_servers,
-        most=experts.max_servers,
-    )
+
+    def known(busy: float) -> float:
+        return clairvoyant_server_s(
+            load_at,
+            duration_s=ended_s - began_s,
+            server_pairs_per_s=EMULATED_PAIRS_PER_S,
+            busy=busy,
+            least=experts.min_servers,
+            most=experts.max_servers,
+        )
+
     found = due_between(stage.seen.outcomes, began_s, ended_s)
     spans = violations(found, begin_s=began_s, end_s=ended_s, slo_s=slo_s)
     return {
@@ -193,8 +205,9 @@ async def diurnal(
         "offered_pairs_per_s": [low_pairs_per_s, high_pairs_per_s],
         "goodput": goodput(found, slo_s),
         "server_s": used,
-        "clairvoyant_server_s": known,
-        "server_s_ratio": used / known,
+        "clairvoyant_server_s": {f"{busy:g} busy": known(busy) for busy in (scaling.target_busy, CHEAPEST_BUSY)},
+        "server_s_ratio": used / known(scaling.target_busy),
+        "server_s_ratio_to_cheapest": used / known(CHEAPEST_BUSY),
         "violations": [[round(begin - began_s, 2), round(end - begin, 2)] for begin, end in spans],
         "longest_violation_s": max((end - begin for begin, end in spans), default=0.0),
         "servers": _changes(stage.seen.servers, began_s),
@@ -213,6 +226,11 @@ def latencies(found: Sequence[Outcome]) -> Facts:
         "failed": sum(math.isinf(o.took_s) for o in found),
         **{f"p{percent}_s": percentile_s(found, percent) for percent in (50, 90, 99)},
     }
+
+
+def _overlaps(outcome: Outcome, spans: Sequence[tuple[float, float]]) -> bool:
+    """Whether a request was open while copies were being placed."""
+    return any(begin <= outcome.due_s + outcome.took_s and outcome.due_s <= end for begin, end in spans)
 
 
 def _recoveries(stage: Stage, onsets: list[tuple[float, float]], slo_s: float) -> Facts:

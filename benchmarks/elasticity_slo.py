@@ -17,7 +17,7 @@ import numpy as np
 from cluster.loadgen import Sample
 
 INSIDE_SHARE = 0.99
-INSIDE_WINDOW_S = 3.0
+INSIDE_WINDOW_S = 6.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -36,7 +36,7 @@ from router.client import RouterClient
 # One MoE layer, because a layer is as slow as its most loaded server: over several independent layers the hot spots
 # of one would hide in the cold spots of another.
 MODEL = {"layers": 1, "num_experts": 32, "top_k": 2, "dim": 64, "hidden_dim": 64}
-EMULATED_PAIRS_PER_S = 1000.0
+EMULATED_PAIRS_PER_S = 500.0
 TOKENS_PER_REQUEST = 32
 PAIRS_PER_REQUEST = TOKENS_PER_REQUEST * MODEL["top_k"]
 BUDGET_COPIES = 24  # memory of one server: it cannot hold every expert

@@ -1,13 +1,18 @@
-"""Serve's stock autoscaling for our expert servers, to compare ours with: the same formula, fed with the same facts.
+"""Serve's stock autoscaling for our expert servers, to compare ours with: the same formula on what it would count.
 
 Serve's default policy (ray.serve.autoscaling_policy.replica_queue_length_autoscaling_policy, 2.60) wants
 `target_ongoing_requests` requests running or queued per replica. It counts those that came through Serve's handles.
-Ours do not (tokens go straight to the servers' gRPC ports), so this policy hands the very same function the calls that
-run or wait at the servers: their backlog in seconds, as they report it to our policy, times the rate they are paced to,
-over the routed pairs of a call. Delays, bounds and scaling factors are Serve's own and applied by Serve. Everything
-else, the placement of experts included, is the product's.
+Ours do not (tokens go straight to the servers' gRPC ports), so this policy hands the very same function what Serve
+would count if they did: every request that a router has accepted and not answered yet is one call to each server, as
+expert parallelism has it. Routers report their open tokens to the placement; this policy reads them from the cluster's
+status. Delays, bounds and scaling factors are Serve's own and applied by Serve. Everything else, the placement of
+experts included, is the product's.
 """
 
+import json
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,45 +23,58 @@ from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster import app
-from cluster.scaling import BACKLOG
+
+LOOK_S = 0.25
 
 
 class StockPolicy:
-    """Serve's default policy on the servers' own queues.
+    """Serve's default policy on the calls that are open.
 
     Args:
-        pairs_per_s: what one server computes.
-        pairs_per_call: routed pairs of one call to one server.
+        status_url: of the cluster.
+        tokens_per_request: of the load.
     """
 
-    def __init__(self, *, pairs_per_s: float, pairs_per_call: float) -> None:
-        self._calls_per_backlog_s = pairs_per_s / pairs_per_call
+    def __init__(self, *, status_url: str, tokens_per_request: int) -> None:
+        self._status_url, self._tokens_per_request = status_url, tokens_per_request
+        self._open_requests = 0.0
+        threading.Thread(target=self._look_forever, daemon=True).start()
 
     def __call__(self, ctx: Any) -> tuple[float, dict[str, Any]]:
         """Serve's contract: context in, (replicas, policy state) out."""
-        backlog_s = sum((ctx.aggregated_metrics or {}).get(BACKLOG, {}).values())
         facts: Any = SimpleNamespace(
             config=ctx.config,
             current_num_replicas=ctx.current_num_replicas,
             target_num_replicas=ctx.target_num_replicas,
             policy_state=ctx.policy_state,
-            total_num_requests=backlog_s * self._calls_per_backlog_s,
+            total_num_requests=self._open_requests * ctx.current_num_replicas,
         )
         return replica_queue_length_autoscaling_policy(facts)
 
+    def _look_forever(self) -> None:
+        """In a thread of Serve's controller, which must not wait."""
+        while True:
+            try:
+                with urllib.request.urlopen(self._status_url, timeout=2) as answer:
+                    routers = json.load(answer)["routers"]
+                self._open_requests = sum(router["queued_tokens"] for router in routers) / self._tokens_per_request
+            except (OSError, ValueError, KeyError):  # not up yet, or not any more: the last number stays
+                pass
+            time.sleep(LOOK_S)
+
 
 @contextmanager
-def stock_autoscaling(*, pairs_per_s: float, pairs_per_call: float, **timing: Any) -> Iterator[None]:
+def stock_autoscaling(*, status_url: str, tokens_per_request: int, **timing: Any) -> Iterator[None]:
     """Clusters deployed meanwhile by this process scale by Serve's stock formula; bounds stay those of their config.
 
     Args:
-        pairs_per_s, pairs_per_call: see StockPolicy.
+        status_url, tokens_per_request: see StockPolicy.
         timing: fields of Serve's AutoscalingConfig; what is absent has Serve's default.
     """
     ours = app._autoscaling
     policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function="benchmarks.elasticity_stock:StockPolicy",
-        policy_kwargs={"pairs_per_s": pairs_per_s, "pairs_per_call": pairs_per_call},
+        policy_kwargs={"status_url": status_url, "tokens_per_request": tokens_per_request},
     )
 
     def stock(*args: Any) -> AutoscalingConfig:

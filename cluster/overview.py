@@ -108,8 +108,15 @@ def demand_line(
 
 
 def router_lines(routers: Iterable[RouterBeat]) -> list[dict[str, Any]]:
-    """The routers and the epoch each uses."""
+    """The routers, the epoch each uses, and the tokens it has accepted and not answered yet."""
     return [
-        {"id": beat.router_id, "node": beat.node, "pid": beat.pid, "grpc": beat.address, "epoch": beat.epoch}
+        {
+            "id": beat.router_id,
+            "node": beat.node,
+            "pid": beat.pid,
+            "grpc": beat.address,
+            "epoch": beat.epoch,
+            "queued_tokens": beat.queued_tokens,
+        }
         for beat in routers
     ]

@@ -1,7 +1,11 @@
 """What the elasticity benchmark counts, on loads small enough to do by hand."""
 
+import json
 import math
+import threading
+import time
 from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -24,7 +28,6 @@ from benchmarks.elasticity_slo import (
 )
 from benchmarks.elasticity_stock import StockPolicy
 from cluster.loadgen import Sample
-from cluster.scaling import BACKLOG
 from router.ledger import RequestLedger
 
 SLO_S = 0.1
@@ -68,10 +71,10 @@ def test_a_single_late_request_of_two_hundred_is_no_violation() -> None:
 
 
 def test_a_violation_lasts_from_its_first_to_its_last_late_request() -> None:
-    outcomes = load(seconds=10, late=[(2.0, 2.5), (7.0, 7.3)])
-    assert violations(outcomes, begin_s=0, end_s=10, slo_s=SLO_S) == [
+    outcomes = load(seconds=20, late=[(2.0, 2.5), (12.0, 12.3)])
+    assert violations(outcomes, begin_s=0, end_s=20, slo_s=SLO_S) == [
         pytest.approx((2.0, 2.49)),
-        pytest.approx((7.0, 7.29)),
+        pytest.approx((12.0, 12.29)),
     ]
 
 
@@ -125,14 +128,32 @@ def test_server_seconds_are_the_integral_of_what_was_seen() -> None:
     assert server_seconds(counts, begin_s=11.0, end_s=12.0) == pytest.approx(4)
 
 
-def test_the_stock_policy_is_serves_formula_on_the_servers_queues() -> None:
+class Status(BaseHTTPRequestHandler):
+    """A cluster's status, as far as the stock policy reads it."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"routers": [{"queued_tokens": 48}, {"queued_tokens": 16}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_stock_policy_is_serves_formula_on_the_open_calls() -> None:
     ctx = SimpleNamespace(
         config=SimpleNamespace(get_target_ongoing_requests=lambda: 2.0),
-        current_num_replicas=2,
-        target_num_replicas=2,
+        current_num_replicas=3,
+        target_num_replicas=3,
         policy_state={},
-        aggregated_metrics={BACKLOG: {"a": 0.05, "b": 0.03}},
     )
-    # 0.08 s of work at 400 pairs/s are 32 pairs, 8 calls of 4: Serve wants 2 calls per replica.
-    desired, _ = StockPolicy(pairs_per_s=400, pairs_per_call=4)(ctx)
-    assert math.isclose(desired, 4.0)
+    with HTTPServer(("127.0.0.1", 0), Status) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        policy = StockPolicy(status_url=f"http://127.0.0.1:{server.server_port}", tokens_per_request=16)
+        end_s = time.monotonic() + 10
+        # 64 open tokens are 4 requests, each a call to every server: 12 calls, of which Serve wants 2 per replica.
+        while not math.isclose(policy(ctx)[0], 6.0) and time.monotonic() < end_s:
+            time.sleep(0.01)
+        server.shutdown()
+    assert math.isclose(policy(ctx)[0], 6.0)
