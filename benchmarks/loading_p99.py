@@ -228,7 +228,7 @@ def summary(
 
 
 def main() -> None:
-    if sys.argv[1] == "--serve":
+    if sys.argv[1:2] == ["--serve"]:
         serve(Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -236,10 +236,10 @@ def main() -> None:
     parser.add_argument("--window-s", type=float, default=4.0)
     parser.add_argument("--rate", type=float, default=50.0, help="requests per second")
     parser.add_argument("--weight-dtype", default="compute", choices=("compute", "int8", "int4", "fp8"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS[1:], default=ARMS[1:], help="beside quiet")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result = uvloop.run(run(args.arms, args.rounds, args.window_s, args.rate, args.weight_dtype))
+    result = uvloop.run(run(("quiet", *args.arms), args.rounds, args.window_s, args.rate, args.weight_dtype))
     text = json.dumps(result, indent=2)
     print(text)
     if args.out:

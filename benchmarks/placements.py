@@ -3,7 +3,7 @@
 Shapes: C copies, L layers, E experts, S servers; H distinct (layer, expert, server) triples.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,31 @@ def moved_percent(old: Copies, new: Copies, num_experts: int, num_servers: int) 
     """Copies that a server has to load, in percent of the copies before; what it already holds costs nothing."""
     old_H, new_H = (held(copies, num_experts, num_servers) for copies in (old, new))
     return 100 * len(np.setdiff1d(new_H, old_H)) / len(old_H)
+
+
+def relabelled(old: Copies, new: Copies, num_experts: int, num_servers: int) -> Copies:
+    """The new placement with the servers of each layer renamed so that they keep more of what they hold.
+
+    EPLB's GPUs have no memory of the placement before: renaming them costs nothing and saves moves. Greedy: the pair of
+    servers, old and new, with most experts in common first. Ours need not be renamed.
+    """
+    server_C = new.server_C.copy()
+    for layer in np.unique(new.layer_C).tolist():
+        sides = []
+        for copies in (old, new):
+            here_C = copies.layer_C == layer
+            holds_SE = np.zeros((num_servers, num_experts), dtype=np.int64)
+            holds_SE[copies.server_C[here_C], copies.expert_C[here_C]] = 1
+            sides.append(holds_SE)
+        common_SS = sides[0] @ sides[1].T
+        name_S, taken_S = np.full(num_servers, -1), np.zeros(num_servers, dtype=np.bool_)
+        for cell in np.argsort(-common_SS, axis=None, kind="stable").tolist():
+            before, after = divmod(cell, num_servers)
+            if name_S[after] < 0 and not taken_S[before]:
+                name_S[after], taken_S[before] = before, True
+        here_C = new.layer_C == layer
+        server_C[here_C] = name_S[new.server_C[here_C]]
+    return replace(new, server_C=server_C)
 
 
 def least_lost_percent(load_LE: Load, num_servers: int, extra: float) -> float:

@@ -6,7 +6,8 @@ Loads are those of `benchmarks.load_matrices`; nothing is served. A placement is
 
     balancedness   mean over maximum server load (per speed) of a layer, each copy carrying its share
     extra          bytes beyond one copy of every expert; for EPLB its slots, two of one expert on one server included
-    moved          copies loaded somewhere by the re-plan, in percent of the copies before
+    moved          copies loaded somewhere by the re-plan, in percent of the copies before; relabelled: if the servers
+                   of each layer could be renamed for nothing, as EPLB's GPUs can
     survival       gate mass (share of all load) without a live copy after the loss of a server
 
 The arms are in `benchmarks.planner_arms`: a new planner joins with one line there. Times are CPU seconds of this
@@ -38,6 +39,7 @@ from benchmarks.placements import (
     balancedness,
     least_lost_percent,
     moved_percent,
+    relabelled,
     survival,
 )
 from benchmarks.planner_arms import Arm, arms, make_servers, unequal_servers
@@ -122,6 +124,9 @@ def replans(pairs: Sequence[tuple[Load, Load]], num_servers: int) -> Callable[[A
                     "unplanned_min": float(balancedness(old, after_LE, servers).min()),
                     **balance(new, after_LE, servers),
                     "moved_percent": moved_percent(old, new, before_LE.shape[1], num_servers),
+                    "moved_relabelled_percent": moved_percent(
+                        old, relabelled(old, new, before_LE.shape[1], num_servers), before_LE.shape[1], num_servers
+                    ),
                 }
             )
         return rows

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ log = logging.getLogger("expertmesh.experts")
 
 LOAD_SLICE_S = 0.1  # loaded copies are reported at least this often
 SELF_PROBE_S = 2.0
+LEAVE_S = 5.0
 
 
 class ExpertServerReplica:
@@ -115,9 +117,11 @@ class ExpertServerReplica:
                         log.info("draining %s: the placement does not answer (%s)", server_id, type(err).__name__)
                         await asyncio.sleep(0.2)
                 await self._released.wait()
-            await answer(self._placement.leave.remote(server_id))
         except Exception as err:
             log.warning("server %s leaves without having been released: %s %s", server_id, type(err).__name__, err)
+        with suppress(Exception):  # or routers find out by themselves
+            async with asyncio.timeout(LEAVE_S):
+                await answer(self._placement.leave.remote(server_id))
 
     # ------------------------------------------------------------------ control tasks, each step repeated for ever
 

@@ -63,7 +63,7 @@ class Fleet:
         self._holders: dict[Key, set[str]] = {}  # servers where it is observed
         self._table = empty_table(num_experts)
         self._dirty: set[Key] = set()
-        self._let_go: set[Key] = set()  # experts that lose their last copy, for the memory
+        self._let_go: set[Key] = set()  # experts that lose their last copy, on purpose
         self._closing = False
         self._overtaken = 0
 
@@ -238,7 +238,7 @@ class Fleet:
         Args:
             target: copies on unknown servers are ignored.
             steps: what is known of the target's new copies; those it does not name count as missing. An expert loses
-                its last copy if a step takes it for memory.
+                its last copy if a step takes it for memory or because its server leaves.
         """
         steps = tuple(steps)
         old = self._target
@@ -247,8 +247,8 @@ class Fleet:
         }
         changed = {key for key in old.keys() | target.keys() if self._target.get(key, ()) != old.get(key, ())}
         known = {(step.key, step.server_id): step for step in steps if isinstance(step, Load)}
-        for_memory = {step.key for step in steps if isinstance(step, Unload) and step.reason == "memory"}
-        self._let_go = {key for key in self._let_go | for_memory if self._holders.get(key) and not target.get(key)}
+        given_up = {step.key for step in steps if isinstance(step, Unload) and step.reason in ("memory", "drain")}
+        self._let_go = {key for key in self._let_go | given_up if self._holders.get(key) and not target.get(key)}
         for key in sorted(changed):
             wanted = {copy.server_id for copy in self._target.get(key, ())}
             for server_id in {copy.server_id for copy in old.get(key, ())} - wanted:
@@ -286,8 +286,8 @@ class Fleet:
         known = frozenset[str]().union(*(router.known for router in self._routers.values()))
         if self._floor:  # a restart: wait for everyone the routers know
             complete = bool(known) and known <= self._servers.keys()
-        else:
-            complete = len(self._servers) >= self._expected
+        else:  # a router without a table says that there was no predecessor
+            complete = len(self._servers) >= self._expected if self._expected else bool(self._routers)
         self.settled = complete or now_s - self._first_seen_s >= self._settle_s
         if self.settled:
             self._dirty |= self._holders.keys()
@@ -384,12 +384,14 @@ class Fleet:
 
     def _forget(self, server_id: str) -> None:
         server = self._servers.pop(server_id)
-        self._dirty |= server.live
+        held = frozenset(server.live)
+        self._dirty |= held
         self._queue.drop_server(server_id)
         for key in list(server.assigned):
             self._unrequest(server, key)
         for key in [key for key, copies in self._target.items() if any(c.server_id == server_id for c in copies)]:
             self._untarget(key, server_id)
+        self._queue.urge(key for key in held if not self._holders.get(key))
 
     def _raise_floor(self, epoch: int) -> None:
         # A newcomer's epoch that is not below ours may be a predecessor's, with other contents: go above it.

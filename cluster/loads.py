@@ -1,21 +1,22 @@
 """Loads that are planned but not asked for yet: whose turn it is, and how many bytes may move per second.
 
-What has no live copy comes first and is never held back. Loads that only make things better wait for their share of
-a byte budget, over the whole fleet: weights that move compete with requests for memory, disks and links. Among them
-the order is: what leaving servers hold alone, then balance and survival by their gain.
+What has no live copy comes first, then what leaving servers hold alone; neither is held back. Loads that only make
+things better wait for their share of a byte budget, over the whole fleet: weights that move compete with requests for
+memory, disks and links. Among them the order is balance before survival, each by its gain.
 
 A newer plan overtakes: a load that has not been asked for is simply forgotten.
 """
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cluster.messages import Key
 from cluster.steps import Load
 
 _URGENCY = {"missing": 0, "drain": 1, "load": 2, "survival": 3}
+_CAN_WAIT = _URGENCY["load"]
 _BURST_S = 0.1  # so much of the budget may be saved up while nothing moves
 
 _Turn = tuple[int, float, int]  # urgency, minus gain, order of arrival
@@ -38,7 +39,7 @@ class LoadQueue:
     """See the module docstring. Time is an argument.
 
     Args:
-        bytes_per_s: budget of all loads but those of missing experts; None: no limit.
+        bytes_per_s: budget of the loads for balance and survival; None: no limit.
     """
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
@@ -64,6 +65,15 @@ class LoadQueue:
         line.turns[load.key] = turn
         heapq.heappush(line.heap, (turn, load.key))
 
+    def urge(self, keys: Iterable[Key]) -> None:
+        """These experts have lost their last live copy: what waits for them is missing now."""
+        for key in keys:
+            for line in self._lines.values():
+                if key in line.turns:
+                    _, gain, count = line.turns[key]
+                    line.turns[key] = turn = (_URGENCY["missing"], gain, count)
+                    heapq.heappush(line.heap, (turn, key))
+
     def discard(self, key: Key, server_id: str) -> bool:
         """A newer plan does without this load. False: it did not wait."""
         line = self._lines.get(server_id)
@@ -88,13 +98,13 @@ class LoadQueue:
         taken: list[tuple[str, Key]] = []
         while heads:
             (urgency, *_), server_id = heapq.heappop(heads)
-            if urgency and self._credit <= 0:
+            if urgency >= _CAN_WAIT and self._credit <= 0:
                 continue  # another server's first load may be urgent
             line = self._lines[server_id]
             _, key = heapq.heappop(line.heap)
             del line.turns[key]
             left[server_id] -= 1
-            if urgency:
+            if urgency >= _CAN_WAIT:
                 self._credit -= copy_bytes
             taken.append((server_id, key))
             self._push_head(heads, server_id, left)

@@ -40,6 +40,23 @@ def layer_balance(
     return {layers[row]: float(even) for row, even in zip(np.flatnonzero(busy_L).tolist(), even_L, strict=True)}
 
 
+def mass_at_risk(
+    table: PlacementTable, layers: Sequence[str], load_LE: npt.NDArray[np.float64], *, losses: int
+) -> float:
+    """The share of the load that would be without a live copy after the worst `losses` servers are lost.
+
+    Exact for one; an upper bound for more: an expert with n copies counts 1/n of its load at each of their servers.
+    """
+    rows = {layer: row for row, layer in enumerate(layers)}
+    risk: dict[str, float] = {}
+    for (layer, expert), copies in table.copies.items():
+        if len(copies) <= losses:
+            part = float(load_LE[rows[layer], expert]) / len(copies)
+            for copy in copies:
+                risk[copy.server_id] = risk.get(copy.server_id, 0.0) + part
+    return sum(sorted(risk.values())[-losses:]) / max(float(load_LE.sum()), 1e-9)
+
+
 def hottest(spec: ModelSpec, table: PlacementTable, load_LE: npt.NDArray[np.float64]) -> list[dict[str, Any]]:
     """The experts with most load, hottest first: their load, and where their copies are."""
     order = load_LE.argsort(axis=None)[::-1][:MAX_HOT]

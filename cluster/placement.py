@@ -25,7 +25,15 @@ from cluster.journal import Journal
 from cluster.load import LoadWindow
 from cluster.messages import Assignment, Key, RouterBeat, ServerBeat, ServerHello, ServerReply
 from cluster.metrics import Metrics
-from cluster.overview import copies_by_count, demand_line, hottest, layer_balance, router_lines, server_line
+from cluster.overview import (
+    copies_by_count,
+    demand_line,
+    hottest,
+    layer_balance,
+    mass_at_risk,
+    router_lines,
+    server_line,
+)
 from cluster.planner import plan
 from cluster.planner_input import planner_input
 from cluster.pools import Pools
@@ -66,9 +74,8 @@ class Placement:
         self._beats: dict[str, ServerBeat] = {}
         self._routers: dict[str, RouterBeat] = {}
         self._pools = Pools(config, num_experts=len(spec.layers) * spec.num_experts, top_k=spec.top_k)
-        self._missing: tuple[Key, ...] = ()
-        self._wanted_copies = 0
-        self._mass_at_risk = 0.0
+        self._missing: set[Key] = set()
+        self._wanted_copies = self._needed_copies = 0
         self._metrics = Metrics(config.name)
         self._journal = Journal(self._metrics)
         self._measured_s = 0.0  # when the metrics were last set
@@ -150,7 +157,8 @@ class Placement:
         self._pools.beat_router(beat.router_id, sum(beat.demand.values()), beat.queued_tokens, time.monotonic())
         self._routers[beat.router_id] = beat
         held = self._fleet.table.copies
-        if before is not None and self._awaited.count(before.demand, beat.demand, held, time.monotonic()):
+        asked = before.demand if before else {} if beat.queued_tokens else beat.demand  # the first may be waiting
+        if self._awaited.count(asked, beat.demand, held, time.monotonic()):
             self._replan.set()
 
     async def poll_table(self, epoch: int, timeout_s: float) -> PlacementTable | None:
@@ -196,7 +204,7 @@ class Placement:
             "experts": hottest(spec, fleet.table, load_LE),
             "single_copy_experts": copies_by_count(spec, fleet, 1),
             "missing_experts": copies_by_count(spec, fleet, 0),
-            "mass_at_risk": self._mass_at_risk,
+            "mass_at_risk": self._at_risk(load_LE),
             "outstanding_copies": fleet.outstanding,
             "balancedness": self._balance(load_LE),
             "demand": demand_line(routers, load_LE, self._window.forecast),
@@ -214,6 +222,7 @@ class Placement:
             servers=self._fleet.servers,
             routers=self._fleet.routers,
             load_LE=self._demand(),
+            needed_copies=self._needed_copies,
             denied_copies=self._wanted_copies,
             now_s=time.monotonic(),
         ):
@@ -266,9 +275,9 @@ class Placement:
         )
         found = await asyncio.to_thread(plan, inputs)
         self._wanted_copies = found.wanted_copies
-        self._mass_at_risk = found.mass_at_risk
-        if found.missing != self._missing:
-            self._missing = found.missing
+        self._needed_copies = found.needed_copies
+        if set(found.missing) != self._missing:
+            self._missing = set(found.missing)
             self._note("memory", f"{len(found.missing)} experts have no place within the servers' budgets")
         if found.steps:
             with self._acting():
@@ -322,6 +331,9 @@ class Placement:
         }
         return layer_balance(self._fleet.table, self._spec.layers, load_LE, speeds)
 
+    def _at_risk(self, load_LE: npt.NDArray[np.float64]) -> float:
+        return mass_at_risk(self._fleet.table, self._spec.layers, load_LE, losses=max(1, self._knobs.survive))
+
     def _measure(self, now_s: float) -> None:
         """Set the metrics, once in METRICS_S."""
         self._window.judge(now_s)
@@ -335,7 +347,7 @@ class Placement:
             outstanding=fleet.outstanding,
             single=copies.count(1),
             missing=load_LE.size - len(copies) + copies.count(0),
-            at_risk=self._mass_at_risk,
+            at_risk=self._at_risk(load_LE),
             demand=float(load_LE.sum()),
         )
         self._metrics.balance(self._balance(load_LE))

@@ -55,12 +55,17 @@ def rebalance(draft: Draft, *, new: Collection[int]) -> int:
     rows = rows[np.argsort(-peak_L[rows], kind="stable")]
     if not rows.size:
         return 0
-    level_L = water_levels(draft, rows.tolist(), int(draft.free_S.sum()), aim=aim)
+    level_L = water_levels(draft, rows.tolist(), _spare(draft), aim=aim)
     evictions, short = Evictions(draft), 0
     for place, row in enumerate(rows.tolist()):
-        part = int(draft.free_S.sum()) // (len(rows) - place)
+        part = _spare(draft) // (len(rows) - place)
         short += _Layer(draft, row, float(level_L[place]), part, evictions).balance(new=row in new)
     return short
+
+
+def _spare(draft: Draft) -> int:
+    """Copies that balance may add: in free bytes, and in those of experts that nobody asks for."""
+    return int(draft.free_S.sum()) + int(draft.count_LE[draft.cold_LE].sum())
 
 
 def spread_idle(draft: Draft) -> None:
@@ -180,12 +185,12 @@ class _Layer:
 
     def _denied(self) -> int:
         """How many loads more it would take if bytes were no matter. Changes nothing."""
-        draft, state = self._draft, self._state()
-        self._bytes_bind = False
+        draft, state, level = self._draft, self._state(), self._level
+        self._bytes_bind, self._level = False, min(self._level, self._even / self._draft.inputs.goal)
         for _ in range(draft.num_servers + draft.num_experts):
             if not self._relieve_top():
                 break
-        self._bytes_bind = True
+        self._bytes_bind, self._level = True, level
         short = sum(draft.free_S[server] < 0 for _, _, server in self._loads[state.num_loads :])
         draft.undo(state.mark)
         del self._loads[state.num_loads :], self._evicted[state.num_evicted :]
@@ -277,7 +282,7 @@ class _Layer:
     def _swap(self, server: int, room_S: Floats, excess: float, enough: float) -> _Relief | None:
         """Two experts with one copy each change places, so that the difference is what is too much. Takes no bytes."""
         draft, sole_E = self._draft, self._draft.sole(self._row)
-        if draft.moves_left < 2:
+        if draft.moves_left < 2 or not draft.inputs.swaps:
             return None
         expert_N = np.flatnonzero(sole_E >= 0)
         server_N = sole_E[expert_N]

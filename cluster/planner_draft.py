@@ -17,7 +17,9 @@ from cluster.steps import Reason, UnloadReason
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Shares = dict[int, float]  # server index -> share
+Columns = tuple[Ints, Ints, Ints, Floats]  # layer_C, expert_C, server_C, share_C
 
+DEMAND_PAIRS_PER_S = 0.01  # less is the tail of an average that falls for ever
 WARM_SHARE = 0.01  # of an expert's traffic that every copy gets, so that it stays warm and its speed known
 _BASE_WEIGHT = 0.001  # of the mean expert, added to every expert, so that those without load spread as well
 
@@ -29,6 +31,7 @@ class Draft:
         ids, speed_S, budget_S: the servers that may hold copies (draining ones may not), in the order given.
         free_S: copies that still fit.
         weight_LE: what is balanced: the load, plus a little. In idle layers every expert counts the same.
+        cold_LE: experts that may do without a copy.
         idle_L: layers with too little load to tell hot from cold.
         level_L: the load per unit of speed if it were even.
         load_LS: what the servers carry. count_LE: copies of each expert.
@@ -56,8 +59,10 @@ class Draft:
 
         load_LE = np.asarray(inputs.load_LE, dtype=np.float64)
         self.num_layers, self.num_experts = load_LE.shape
-        self.idle_L = load_LE.sum(axis=1) < inputs.min_pairs_per_s
+        self.idle_L = (load_LE.sum(axis=1) < inputs.min_pairs_per_s) | ~load_LE.any(axis=1)
         base_L = np.where(self.idle_L, 1.0, _BASE_WEIGHT * load_LE.mean(axis=1))
+        # Experts that may be without a copy: nobody asks for them.
+        self.cold_LE = (load_LE <= DEMAND_PAIRS_PER_S) & (inputs.min_copies == 0)
         self.weight_LE = np.where(self.idle_L[:, None], 0.0, load_LE) + base_L[:, None]
         self.total_L = self.weight_LE.sum(axis=1)
         self.level_L = self.total_L / max(self.speed_S.sum(), 1e-9)
@@ -121,7 +126,7 @@ class Draft:
         """Whether a copy there would be new and is not blocked (bytes aside)."""
         return server not in self.shares(row)[expert] and (row, expert, server) not in self.blocked
 
-    def columns(self) -> tuple[Ints, Ints, Ints, Floats]:
+    def columns(self) -> Columns:
         """(layer_C, expert_C, server_C, share_C) of all copies as they are now."""
         kept_C = ~np.isin(self._layer_C, list(self._shares))
         old = (self._layer_C, self._expert_C, self._server_C, self._share_C)

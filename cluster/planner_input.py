@@ -49,5 +49,6 @@ def planner_input(
         survive=knobs.survive,
         goal=knobs.goal,
         rebalance_below=knobs.rebalance_below,
+        swaps=bool(slot),
         min_pairs_per_s=knobs.min_pairs_per_s,
     )

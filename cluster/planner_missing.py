@@ -14,7 +14,6 @@ from cluster.planner_draft import Draft
 from cluster.planner_fill import fill_layers
 from cluster.planner_surplus import add_copy, remove_copy, surplus_copies
 
-_DEMAND_PAIRS_PER_S = 0.01  # less is the tail of an average that falls for ever
 _COLDER = 2.0  # an expert gives way to one with this many times its load
 _BYTES_WEIGHT = 0.05  # of a server's free bytes (0 to 1) beside its load (1 where even)
 
@@ -25,9 +24,7 @@ def place_missing(draft: Draft) -> list[Cell]:
     """Give every expert its copies; returns those that are left without any, most loaded first."""
     load_LE = draft.inputs.load_LE
     _fit_budgets(draft)
-    wanted_LE = draft.count_LE == 0
-    if draft.inputs.min_copies == 0:
-        wanted_LE &= load_LE > _DEMAND_PAIRS_PER_S
+    wanted_LE = (draft.count_LE == 0) & ~draft.cold_LE
     lost: list[Cell] = []
     if wanted_LE.any():
         lost = _make_room(draft, wanted_LE)
@@ -119,8 +116,7 @@ def _make_room(draft: Draft, wanted_LE: npt.NDArray[np.bool_]) -> list[Cell]:
         draft.set_shares(*colder, {})
         draft.unloads[(*colder, server)] = "memory"
         given_up.append(colder)
-    least = -np.inf if draft.inputs.min_copies else _DEMAND_PAIRS_PER_S
-    return lost[len(given_up) :] + [cell for cell in given_up if load_LE[cell] > least]
+    return lost[len(given_up) :] + [cell for cell in given_up if not draft.cold_LE[cell]]
 
 
 def _hottest_first(draft: Draft, chosen_LE: npt.NDArray[np.bool_]) -> list[Cell]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from cluster.messages import Key
-from cluster.planner_draft import Draft, Shares
+from cluster.planner_draft import WARM_SHARE, Columns, Draft, Shares
 from cluster.planner_survival import mass_at_risk
 from cluster.planner_types import Plan
 from cluster.steps import Load, Reason, Reshare, Unload
@@ -17,6 +17,7 @@ from router.table import CopyShare
 
 _URGENCY: dict[Reason, int] = {"missing": 0, "drain": 1, "load": 2, "survival": 3}
 _SAME_SHARE = 1e-9
+_WARM_AT_MOST = 1.5 * WARM_SHARE
 
 
 def finish(draft: Draft, lost: Iterable[tuple[int, int]], short: int) -> Plan:
@@ -26,7 +27,7 @@ def finish(draft: Draft, lost: Iterable[tuple[int, int]], short: int) -> Plan:
         lost: experts (row, expert) without a place.
         short: copies that balance was denied.
     """
-    steps = _Steps(draft)
+    steps, columns = _Steps(draft), draft.columns()
     for row, experts in steps.changed():
         steps.compare(row, experts)
     return Plan(
@@ -34,9 +35,20 @@ def finish(draft: Draft, lost: Iterable[tuple[int, int]], short: int) -> Plan:
         steps=(*steps.loads(), *steps.unloads, *steps.reshares),
         missing=tuple(draft.key(*cell) for cell in lost),
         wanted_copies=short,
+        needed_copies=_needed_copies(draft, columns),
         single_copies=int((draft.count_LE == 1).sum()),
-        mass_at_risk=mass_at_risk(draft),
+        mass_at_risk=mass_at_risk(draft, columns),
     )
+
+
+def _needed_copies(draft: Draft, columns: Columns) -> int:
+    """One copy of every placed expert that is asked for or must have one, and what busy layers need for balance: copies
+    that carry more than what keeps them warm."""
+    layer_C, expert_C, _, share_C = columns
+    used_C = (share_C > _WARM_AT_MOST) & ~draft.idle_L[layer_C]
+    used_LE = np.zeros_like(draft.count_LE)
+    np.add.at(used_LE, (layer_C[used_C], expert_C[used_C]), 1)
+    return int(np.maximum(used_LE, draft.count_LE > 0)[~draft.cold_LE].sum())
 
 
 class _Steps:
@@ -133,7 +145,8 @@ class _Steps:
             if server_id in draft.index:
                 reason = draft.unloads.get((row, key[1], draft.index[server_id]), "load")
                 self.unloads.append(Unload(key=key, server_id=server_id, reason=reason))
-            elif new and server_id in self._draining:  # the last copies stay until there are others
+            elif server_id in self._draining and (new or draft.cold_LE[row, key[1]]):
+                # The last copies stay until there are others, unless nobody asks for them.
                 self.unloads.append(Unload(key=key, server_id=server_id, reason="drain"))
 
     def _load(self, row: int, key: Key, server: int, otherwise: Reason) -> None:

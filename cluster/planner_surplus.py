@@ -82,7 +82,7 @@ def remove_copy(draft: Draft, row: int, expert: int, server: int) -> None:
 
 
 class Evictions:
-    """Surplus copies server by server, for a plan that needs bytes in one place.
+    """Surplus copies server by server, for a plan that needs bytes in one place; those of cold experts come first.
 
     The list is made once, when it is first needed; what has changed since is checked when it is used, and a copy that
     its layer needed once is not asked for again.
@@ -98,8 +98,12 @@ class Evictions:
             self._copies_S = self._by_server()
         copies = self._copies_S[server]
         while copies:
+            row, expert, _ = copies[-1]
             if self._can_go(copies[-1]):
-                remove_copy(self._draft, *copies[-1])
+                if self._draft.count_LE[row, expert] == 1:
+                    self._draft.set_shares(row, expert, {})
+                else:
+                    remove_copy(self._draft, *copies[-1])
                 return copies[-1]  # it stays listed: what is taken back may go again
             copies.pop()
         return None
@@ -107,9 +111,11 @@ class Evictions:
     def _by_server(self) -> list[list[Copy]]:
         draft = self._draft
         columns = draft.columns()
-        chosen_C = draft.count_LE[columns[0], columns[1]] > draft.least
+        cold_C = draft.cold_LE[columns[:2]]
+        chosen_C = (draft.count_LE[columns[:2]] > draft.least) | cold_C
         layer_C, expert_C, server_C, share_C = (column[chosen_C] for column in columns)
         carried_C = share_C * draft.weight_LE[layer_C, expert_C] / draft.total_L[layer_C]
+        carried_C[cold_C[chosen_C]] = -1.0
         order_C = np.lexsort((expert_C, layer_C, carried_C, server_C))[::-1]
         found: list[list[Copy]] = [[] for _ in range(draft.num_servers)]
         for copy in zip(*(column[order_C].tolist() for column in (layer_C, expert_C, server_C)), strict=True):
@@ -119,7 +125,7 @@ class Evictions:
     def _can_go(self, copy: Copy) -> bool:
         draft, (row, expert, server) = self._draft, copy
         shares = draft.shares(row)[expert]
-        if len(shares) <= draft.least or server not in shares:
+        if server not in shares or (len(shares) <= draft.least and not draft.cold_LE[row, expert]):
             return False
         carried, rest = shares[server] * draft.weights(row)[expert], 1 - shares[server]
         level = max(draft.peak(row), 1 / draft.inputs.goal) * draft.level_L[row]

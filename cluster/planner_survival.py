@@ -11,20 +11,20 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from cluster.planner_draft import WARM_SHARE, Draft
+from cluster.planner_draft import WARM_SHARE, Columns, Draft
 from cluster.planner_surplus import add_copy, remove_copy
 
 _COLDER = 2.0  # a spare copy gives way to one of an expert with this many times its mass
 _LOAD_WEIGHT = 0.5  # of a server's load in the layer (1 where even) beside its free copies
 
 
-def mass_at_risk(draft: Draft) -> float:
+def mass_at_risk(draft: Draft, columns: Columns) -> float:
     """An upper bound of the gate mass that is lost with the worst max(1, survive) servers; exact for one.
 
     An expert with n copies is lost only with n servers: it counts 1/n of its mass at each of them.
     """
     losses = max(1, draft.inputs.survive)
-    layer_C, expert_C, server_C, _ = draft.columns()
+    layer_C, expert_C, server_C, _ = columns
     count_C = draft.count_LE[layer_C, expert_C]
     mass_C = np.where(count_C <= losses, draft.inputs.load_LE[layer_C, expert_C] / np.maximum(count_C, 1), 0.0)
     risk_S = np.bincount(server_C, weights=mass_C, minlength=draft.num_servers)
@@ -104,7 +104,7 @@ class _Survival:
     def _exchanged(self, row: int, expert: int) -> int | None:
         """Only servers that have the expert have bytes left: another expert moves there and leaves its place."""
         draft = self._draft
-        if draft.moves_left < 2:
+        if draft.moves_left < 2 or not draft.inputs.swaps:
             return None
         shares_E, on = draft.shares(row), draft.on(row)
         for free in np.flatnonzero(draft.free_S > 0).tolist():

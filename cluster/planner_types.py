@@ -42,6 +42,8 @@ class PlannerInput:
         survive: servers that may be lost at once without an expert going with them, as far as spare bytes allow.
         goal: balancedness (mean over most loaded server, per speed) that a touched layer is brought to.
         rebalance_below: a layer above this balancedness is left alone.
+        swaps: whether two experts on full servers may change places. Made before broken, that takes room for one copy
+            more than max_copies on one of the servers.
         min_pairs_per_s: layers with less load carry no information about heat: their copies stay as they are.
     """
 
@@ -56,6 +58,7 @@ class PlannerInput:
     survive: int = 0
     goal: float = 0.95
     rebalance_below: float = 0.9
+    swaps: bool = True
     min_pairs_per_s: float = 50.0
 
 
@@ -65,10 +68,10 @@ class Plan:
 
     Args:
         copies: every expert that has a place; copies on draining servers are not in it.
-        steps: loads most urgent first, then unloads, then reshares. Made before broken, two experts that change places
-            between full servers need room for one copy more than max_copies meanwhile.
+        steps: loads most urgent first, then unloads, then reshares.
         missing: experts without a place for lack of memory, most loaded first.
         wanted_copies: copies that balance was denied for lack of memory.
+        needed_copies: what has to fit wherever it lives: one copy of every placed expert, and what balance has added.
         single_copies: experts with exactly one copy.
         mass_at_risk: an upper bound of the gate mass (share of all load) that loses its last copy when
             max(1, survive) servers are lost, the worst ones; exact for one server.
@@ -78,5 +81,6 @@ class Plan:
     steps: tuple[Step, ...]
     missing: tuple[Key, ...] = ()
     wanted_copies: int = 0
+    needed_copies: int = 0
     single_copies: int = 0
     mass_at_risk: float = 0.0

@@ -82,6 +82,7 @@ class Pools:
         servers: Sequence[ServerHello],
         routers: Collection[str],
         load_LE: npt.NDArray[np.float64],
+        needed_copies: int,
         denied_copies: int,
         now_s: float,
     ) -> list[dict[str, Any]]:
@@ -90,7 +91,8 @@ class Pools:
         Args:
             servers, routers: the members.
             load_LE: routed pairs per second of every expert.
-            denied_copies: live copies the planner would add if there were room.
+            needed_copies: live copies that the last plan has and could not do without on fewer servers.
+            denied_copies: those it would add if there were room.
         """
         members = {hello.server_id for hello in servers}
         self._servers = {server_id: server for server_id, server in self._servers.items() if server_id in members}
@@ -104,7 +106,7 @@ class Pools:
             latest=sum(meter.rate(surge_s) for meter in meters),
             before=sum(meter.rate(surge_s, ago_s=surge_s) for meter in meters),
             backlog_pairs=max(queued_pairs, open_pairs),  # what waits at a server is open at a router
-            copies=max(self._min_copies, in_use) + denied_copies,
+            copies=max(self._min_copies, in_use, needed_copies) + denied_copies,
         )
         running = [hello.pool for hello in servers if hello.server_id in self._servers]
         pools = [

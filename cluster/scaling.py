@@ -23,6 +23,7 @@ from cluster.cover import Servers, cover
 
 SURGE_S = 0.25
 STEADY_S = 2.0
+START_S = 120.0  # a server that has not come by then (no node, no image, a crash) is not counted on
 
 # What servers report to Serve, for other policies than this one.
 BUSY, BACKLOG = "busy_share", "backlog_s"
@@ -108,6 +109,7 @@ class Scaling:
         self._drain_backlog_s = drain_backlog_s
         self._downscale_delay_s = downscale_delay_s
         self._since_s: float | None = None
+        self._came_s: dict[str, tuple[int, int, float]] = {}  # by pool: target, running, since when
         self._decided: dict[str, Decision] = {}
         self._due_s: dict[str, float] = {}  # since when a pool could shrink
         self._needs: dict[str, deque[tuple[float, int]]] = {}  # (time, need), decreasing: the window's maximum first
@@ -124,15 +126,21 @@ class Scaling:
             busy, busy_now = sum(pool.busy for pool in pools), sum(pool.busy_now for pool in pools)
             work = Work(steady=busy, latest=busy_now, before=busy_now, copies=work.copies)
         targets = [self._target(pool) for pool in pools]
-        have = sum(count * each.pairs_per_s for count, each in zip(targets, servers, strict=True))
+        expected = [self._expected(pool, target, now_s) for pool, target in zip(pools, targets, strict=True)]
+        have = sum(count * each.pairs_per_s for count, each in zip(expected, servers, strict=True))
         held = work.steady + work.backlog_pairs / self._drain_backlog_s  # while it waits, nobody goes
-        if any(pool.running < target for pool, target in zip(pools, targets, strict=True)):
+        if any(pool.running < count for pool, count in zip(pools, expected, strict=True)):
             work = replace(work, backlog_pairs=0.0)  # it grows while servers start that will work it off
         required, reason, grows = self._required(work, have)
         if not measured and have:
             reason = Reason.BUSY
         grows = grows or (asked and not have)
 
+        if len(pools) > 1:  # the others take over what does not come
+            servers = [
+                replace(each, max_servers=max(count, each.min_servers)) if count < target else each
+                for each, count, target in zip(servers, expected, targets, strict=True)
+            ]
         floors = cover(servers, pairs_per_s=0.0, copies=work.copies)
         needs = cover(servers, pairs_per_s=required, copies=copies)
         keeps = cover(servers, pairs_per_s=max(required, held), copies=copies)
@@ -141,7 +149,9 @@ class Scaling:
             lasting = self._remember(pool.name, keep, now_s)
             wanted = need if grows else max(min(need, target), floor)
             count = max(wanted, self._shrunk(pool.name, target, lasting, keep, now_s) if watched else target)
-            count = max(each.min_servers, min(count, each.max_servers))
+            if count < target <= pool.servers.max_servers and each.max_servers < pool.servers.max_servers:
+                count = target  # they are still asked for
+            count = max(each.min_servers, min(count, pool.servers.max_servers))
             if count > need:
                 why = self._decided[pool.name].reason if pool.name in self._decided else Reason.FLOOR
                 detail = f"{need} would do, fewer after {self._downscale_delay_s:g} s of that"
@@ -163,6 +173,14 @@ class Scaling:
         if before is None or not before.at_most:
             found = max(found, pool.running)
         return max(pool.servers.min_servers, min(found, pool.servers.max_servers))
+
+    def _expected(self, pool: Pool, target: int, now_s: float) -> int:
+        """The servers to count on: those that run, and those on their way for no longer than START_S."""
+        count, running, since_s = self._came_s.get(pool.name, (target, pool.running, now_s))
+        if pool.running >= target or target > count or pool.running > running:
+            since_s = now_s
+        self._came_s[pool.name] = (target, pool.running, since_s)
+        return target if now_s - since_s <= START_S else min(pool.running, target)
 
     def _required(self, work: Work, have: float) -> tuple[float, Reason, bool]:
         """Capacity to have, in pairs per second, what asks for it, and whether it justifies more than there is."""

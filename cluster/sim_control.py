@@ -86,7 +86,7 @@ class SimPlacement:
         )
         self.num_plans = self.loads = self.unloads = 0
         self.pools = Pools(config, num_experts=len(workload.layers) * workload.num_experts, top_k=workload.top_k)
-        self._denied_copies = 0
+        self._needed_copies = self._denied_copies = 0
         self._clock, self._knobs, self._machine, self._workload = clock, knobs, machine, workload
         self._routers, self._servers = routers, servers
         self._foresight, self._static = foresight, static
@@ -167,6 +167,7 @@ class SimPlacement:
             servers=self.fleet.servers,
             routers=self.fleet.routers,
             load_LE=self.window.rates(),
+            needed_copies=self._needed_copies,
             denied_copies=self._denied_copies,
             now_s=self._clock.now_s,
         )
@@ -192,7 +193,7 @@ class SimPlacement:
         self._planning = False
         self.num_plans += 1
         everything = len(self._workload.layers) * self._workload.num_experts
-        self._denied_copies = found.wanted_copies
+        self._needed_copies, self._denied_copies = found.needed_copies, found.wanted_copies
         loads = [step for step in found.steps if isinstance(step, Load)]
         current = self.fleet.current
         if self._static and len(current) == everything:

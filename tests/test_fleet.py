@@ -382,6 +382,49 @@ def test_a_restarted_fleet_waits_for_everyone_and_goes_above_every_epoch_in_use(
     assert named(fleet.table, KEYS[1]) == {"b"}
 
 
+def test_a_restarted_fleet_that_may_have_no_servers_waits_for_those_there_are() -> None:
+    fleet, a, router = make_fleet(expected_servers=0), Server("a", held={KEYS[0]}, highest_epoch=7), Router("r")
+    fleet.expire(10.0)
+    assert not fleet.settled, "nobody has spoken"
+    a.register(fleet, 10.1)
+    assert not fleet.settled, "there may be others"
+    fleet.expire(12.1)
+    assert fleet.settled
+
+    fresh = make_fleet(expected_servers=0)
+    router.report(fresh, 10.0)
+    assert fresh.settled, "a router without a table knows of no predecessor"
+
+
+def test_an_expert_that_loses_its_copy_on_the_move_is_loaded_at_once() -> None:
+    fleet = Fleet(num_experts=NUM_EXPERTS, expected_servers=2, copy_bytes=100, load_bytes_per_s=1.0)
+    a, b = Server("a"), Server("b")
+    for server in (a, b):
+        server.register(fleet, 0.0)
+    fleet.adopt({KEYS[0]: shares("a"), KEYS[1]: shares("a")}, (), 0.0)
+    a.settle(fleet, 0.0)
+    moves = [load(KEYS[1], "b", 0.9), load(KEYS[0], "b", 0.1)]
+    fleet.adopt({KEYS[0]: shares("b"), KEYS[1]: shares("b")}, moves, 0.0)
+    assert copies_of(fleet, "b") == {KEYS[1]}, "the other one waits for the budget"
+    fleet.remove_server("a", 0.1)
+    assert copies_of(fleet, "b") == {KEYS[0], KEYS[1]}
+
+
+def test_a_cold_expert_does_not_hold_back_a_leaving_server() -> None:
+    fleet, a, b, router = two_servers_and_a_router()
+    fleet.adopt({KEYS[0]: shares("a"), KEYS[1]: shares("b")}, (), 1.0)
+    a.settle(fleet, 1.0)
+    b.settle(fleet, 1.0)
+    fleet.drain("a", 2.0)
+    fleet.adopt({KEYS[1]: shares("b")}, [Unload(key=KEYS[0], server_id="a", reason="drain")], 2.0)
+    router.poll(fleet)
+    router.report(fleet, 2.0)
+    a.poll(fleet)
+    assert a.assignment is not None
+    assert a.assignment.released
+    assert KEYS[0] not in fleet.table.copies
+
+
 def test_a_restarted_fleet_does_not_wait_for_the_dead() -> None:
     fleet, a = make_fleet(), Server("a", held={KEYS[0]}, highest_epoch=7)
     a.register(fleet, 10.0)

@@ -51,6 +51,26 @@ def test_no_more_moves_than_the_budget_and_one_copy(seconds: list[float], copy_b
     assert moved * copy_bytes <= now_s * bytes_per_s + burst + copy_bytes + 1e-6
 
 
+def test_what_a_leaving_server_holds_alone_waits_for_no_budget() -> None:
+    queue = LoadQueue(1.0)
+    for expert in range(4):
+        queue.add(load(expert, "a", reason="drain"))
+    queue.add(load(4, "a"))
+    queue.add(load(5, "a"))
+    taken = [key[1] for _, key in queue.take({"a": 9}, copy_bytes=1000, now_s=0.0)]
+    assert taken == [0, 1, 2, 3, 4], "the budget is overdrawn by one copy at most"
+
+
+def test_a_load_of_an_expert_that_has_lost_its_last_copy_becomes_urgent() -> None:
+    queue = LoadQueue(1.0)
+    for expert in range(3):
+        queue.add(load(expert, "a", gain=1 - expert / 10))
+    assert len(queue.take({"a": 9}, copy_bytes=1000, now_s=0.0)) == 1
+    queue.urge([("0", 2), ("0", 9)])
+    assert queue.take({"a": 9}, copy_bytes=1000, now_s=0.0) == [("a", ("0", 2))]
+    assert len(queue) == 1
+
+
 def test_a_load_given_up_is_not_taken_and_one_asked_for_again_takes_its_new_turn() -> None:
     queue = LoadQueue()
     queue.add(load(0, "a", 0.9))

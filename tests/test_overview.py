@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.overview import layer_balance
+from cluster.overview import layer_balance, mass_at_risk
 from cluster.status_view import status_lines
 from router.table import CopyShare, PlacementTable
 
@@ -35,6 +35,14 @@ def test_balance_is_mean_over_fullest_server_in_units_of_its_speed() -> None:
 def test_a_server_that_holds_nothing_counts_in_the_mean() -> None:
     found = layer_balance(table({("0", 0): {"a": 1.0}}), ("0",), np.array([[1.0, 0.0]]), {"a": 1.0, "b": 1.0})
     assert found == {"0": pytest.approx(0.5)}
+
+
+def test_mass_at_risk_is_what_the_worst_loss_would_take_of_the_live_copies() -> None:
+    copies = {("0", 0): {"a": 0.5, "b": 0.5}, ("0", 1): {"a": 1.0}, ("1", 0): {"b": 1.0}, ("1", 1): {"b": 1.0}}
+    load_LE = np.array([[50.0, 30.0], [10.0, 10.0]])
+    assert mass_at_risk(table(copies), ("0", "1"), load_LE, losses=1) == pytest.approx(0.3)
+    assert mass_at_risk(table(copies), ("0", "1"), load_LE, losses=2) == pytest.approx(1.0)
+    assert mass_at_risk(table({}), ("0", "1"), load_LE, losses=1) == 0.0
 
 
 def test_the_status_for_people_says_where_the_load_is_and_why_copies_moved() -> None:

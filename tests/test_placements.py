@@ -1,9 +1,11 @@
 """How placements are judged, on ones small enough to do by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from benchmarks.placements import Copies, balance, balancedness, least_lost_percent, moved_percent, survival
+from benchmarks.placements import Copies, balance, balancedness, least_lost_percent, moved_percent, relabelled, survival
 from benchmarks.planner_arms import PLANNERS, eplb, linear, make_servers
 from cluster.planner import PlannerServer
 
@@ -73,3 +75,9 @@ def test_every_arm_places_every_expert_and_its_shares_sum_to_one(name: str) -> N
     shares = np.bincount(copies.layer_C * 16 + copies.expert_C, weights=copies.share_C, minlength=48)
     assert shares == pytest.approx(np.ones(48))
     assert np.bincount(copies.server_C, minlength=4).max() <= 15
+
+
+def test_renaming_the_servers_of_a_layer_undoes_a_mere_renaming() -> None:
+    renamed = replace(COPIES, server_C=np.where(COPIES.layer_C == 0, 1 - COPIES.server_C, COPIES.server_C))
+    assert moved_percent(COPIES, renamed, 2, 2) > 0
+    assert moved_percent(COPIES, relabelled(COPIES, renamed, 2, 2), 2, 2) == 0

@@ -226,6 +226,64 @@ def test_denied_copies_of_hot_experts_are_reported() -> None:
     assert not found.missing
 
 
+def cold_and_hot(num_servers: int, slots: int) -> PlannerInput:
+    """Full servers that hold experts nobody asks for beside one that is far too hot for its server."""
+    load_LE = np.zeros((1, num_servers * slots))
+    load_LE[0, 0], load_LE[0, 1] = 3000.0, 1000.0
+    current: dict[Key, tuple[CopyShare, ...]] = {
+        ("0", expert): (CopyShare(server_id=f"s{expert % num_servers}", share=1.0),)
+        for expert in range(load_LE.shape[1])
+    }
+    return replace(make_input(load_LE, make_servers(num_servers, slots), current), min_copies=0)
+
+
+def test_experts_without_demand_make_room_for_copies_of_a_hot_one() -> None:
+    inputs = cold_and_hot(2, 4)
+    found = settle(inputs)
+    assert len(found.copies[("0", 0)]) == 2
+    assert (found.needed_copies, found.wanted_copies) == (3, 0)
+    assert balancedness(inputs.load_LE[0], {key[1]: held for key, held in found.copies.items()}, 2) > 0.9
+    cold = [key for key in found.copies if key[1] > 1]
+    assert len(cold) == 5, "one copy more, one expert less"
+    kept = settle(replace(inputs, min_copies=1))
+    assert len(kept.copies) == 8, "who wants every expert live keeps them all"
+    assert kept.wanted_copies
+
+
+def test_a_leaving_server_need_not_hand_over_what_nobody_asks_for() -> None:
+    inputs = cold_and_hot(2, 4)
+    leaving = tuple(replace(server, draining=server.server_id == "s1") for server in inputs.servers)
+    found = plan(replace(inputs, servers=leaving))
+    gone = {step.key for step in found.steps if isinstance(step, Unload) and step.reason == "drain"}
+    assert {("0", expert) for expert in (1, 3, 5, 7)} == gone
+    assert holders(found.copies, ("0", 1)) == {"s0"}
+
+
+def test_without_a_free_slot_no_experts_change_places() -> None:
+    load_LE = np.array([[900.0, 600.0, 100.0, 300.0]])
+    current: dict[Key, tuple[CopyShare, ...]] = {
+        ("0", expert): (CopyShare(server_id=f"s{expert // 2}", share=1.0),) for expert in range(4)
+    }
+    inputs = make_input(load_LE, make_servers(2, 2), current)
+    assert {step.key[1] for step in plan(inputs).steps if isinstance(step, Load)} != set()
+    assert not plan(replace(inputs, swaps=False)).steps
+
+
+def test_what_balance_has_added_is_still_needed_and_survival_copies_are_not() -> None:
+    hot = settle(make_input(skewed_load(1, 8, 0.7), make_servers(2, 8)))
+    assert hot.needed_copies == 9
+    safe = settle(replace(make_input(skewed_load(1, 8, 0.7), make_servers(2, 8)), survive=1))
+    assert sum(map(len, safe.copies.values())) == 16
+    assert safe.needed_copies == 9
+    silent = settle(replace(make_input(np.zeros((1, 8)), make_servers(2, 8)), current=hot.copies))
+    assert silent.needed_copies == 8
+
+
+def test_silence_is_planned_for_whatever_counts_as_little() -> None:
+    inputs = replace(make_input(np.zeros((2, 4)), make_servers(2, 8)), min_pairs_per_s=0.0)
+    assert len(plan(inputs).copies) == 8
+
+
 def test_a_blocked_copy_is_placed_elsewhere() -> None:
     inputs = make_input(np.zeros((1, 1)), make_servers(2, 4))
     assert holders(plan(replace(inputs, blocked=frozenset({(("0", 0), "s0")}))).copies, ("0", 0)) == {"s1"}

@@ -249,6 +249,7 @@ class Members:
                 servers=self.hellos,
                 routers=("r",),
                 load_LE=np.zeros((2, 8)),
+                needed_copies=0,
                 denied_copies=copies,
                 now_s=self.now_s,
             )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.cover import Servers
 from cluster.demand import Meter
-from cluster.scaling import STEADY_S, SURGE_S, Decision, Pool, Reason, Scaling, Work
+from cluster.scaling import START_S, STEADY_S, SURGE_S, Decision, Pool, Reason, Scaling, Work
 
 TICK_S = 0.05
 BEAT_S = 0.25
@@ -272,6 +272,26 @@ def test_each_pool_says_why() -> None:
     assert (found["fast"].reason, found["cheap"].reason) == (Reason.DEMAND, Reason.MEMORY)
     assert "6,000 pairs/s" in found["fast"].detail
     assert "100 on a server" in found["cheap"].detail
+
+
+def test_servers_that_do_not_come_are_replaced_by_those_of_another_pool() -> None:
+    scaling = make()
+
+    def decide(now_s: float) -> tuple[int, int]:
+        pools = [Pool(name="fast", servers=FAST, running=1), Pool(name="cheap", servers=CHEAP, running=1)]
+        found = scaling.decide(steadily(6000), pools, now_s)
+        return found["fast"].servers, found["cheap"].servers
+
+    assert decide(0.0) == decide(TICK_S) == (3, 1)
+    assert decide(START_S) == (3, 1), "they may still come"
+    assert decide(START_S + 1) == (3, 6), "asked for all the same"
+
+
+def test_a_pool_alone_goes_on_asking_for_servers_that_do_not_come() -> None:
+    scaling = make()
+    for now_s in (0.0, TICK_S, START_S, 2 * START_S):
+        found = scaling.decide(steadily(6000), [Pool(name="fast", servers=FAST, running=1)], now_s)
+        assert found["fast"].servers == 3
 
 
 # ------------------------------------------------------------------ whatever comes
