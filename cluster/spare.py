@@ -10,8 +10,10 @@ import asyncio
 import logging
 import os
 import random
+import resource
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -26,6 +28,9 @@ log = logging.getLogger("expertmesh.cluster")
 KEEP_S = 30 * 24 * 3600  # Ray ends idle workers early unless it is told how long to keep them
 LOOK_S = 15.0  # not at once: the surge that has called a server needs the processor first
 _TIMEOUT_S = 5.0
+_READY_S = 120.0
+_WATCH_S = 0.25
+_CAP_SYS_NICE = 23
 
 
 async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
@@ -38,8 +43,10 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
         node = _this_node()
         while node and any(_fits(pool, node["Resources"]) for pool in pools):
             await asyncio.sleep(random.uniform(LOOK_S, 2 * LOOK_S))  # servers of a node look one after the other
-            if not _has_spare_worker() and not await start_spare_worker():
-                return
+            if _spare_worker() is None:
+                if not await start_spare_worker():
+                    return
+                await _start_gently()
     except Exception as err:  # a head start that is not there is no reason to fail
         log.info("no spare worker: %s: %s", type(err).__name__, err)
 
@@ -79,11 +86,62 @@ def _fits(pool: PoolConfig, has: Mapping[str, float]) -> bool:
     return all(has.get(name, 0.0) >= amount for name, amount in needs.items())
 
 
-def _has_spare_worker() -> bool:
-    """Whether this node's raylet, our parent, has a worker without work, or is starting one."""
+async def _start_gently() -> None:
+    """Let the worker that is starting have what others leave of the processor, until it is ready or has work."""
+    if not may_leave_idle_class():
+        return
+    seconds = 0.0
+    while (worker := _spare_worker()) is None or not _is_starting(worker):
+        await asyncio.sleep(_WATCH_S)
+        seconds += _WATCH_S
+        if seconds > _TIMEOUT_S:
+            return
+    set_idle_class(worker.pid, idle=True)
+    try:
+        with suppress(psutil.Error):
+            worker.cpu_percent()
+            quiet = 0
+            while quiet < 4 and seconds < _READY_S and (_is_starting(worker) or _is_idle(worker)):
+                await asyncio.sleep(_WATCH_S)
+                seconds += _WATCH_S
+                set_idle_class(worker.pid, idle=True)  # of threads that have come since
+                quiet = quiet + 1 if _is_idle(worker) and worker.cpu_percent() < 5 else 0
+    finally:
+        set_idle_class(worker.pid, idle=False)
+
+
+def may_leave_idle_class() -> bool:
+    """Whether this process may undo what `set_idle_class` does: going there is free, coming back is not."""
+    if resource.getrlimit(resource.RLIMIT_NICE)[0] >= 20 - os.getpriority(os.PRIO_PROCESS, 0):
+        return True
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_NICE & 1)
+    return False
+
+
+def set_idle_class(pid: int, *, idle: bool) -> None:
+    """Whether the threads of a process have only what others leave of the processor (Linux' SCHED_IDLE)."""
+    policy = os.SCHED_IDLE if idle else os.SCHED_OTHER
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+
+
+def _spare_worker() -> psutil.Process | None:
+    """A worker of this node's raylet, our parent, without work or about to be."""
     for worker in psutil.Process(os.getppid()).children():
         with suppress(psutil.Error):  # it has just ended
-            command = worker.cmdline()
-            if command[:1] == ["ray::IDLE"] or any(word.endswith("default_worker.py") for word in command):
-                return True
-    return False
+            if _is_idle(worker) or _is_starting(worker):
+                return worker
+    return None
+
+
+def _is_idle(worker: psutil.Process) -> bool:
+    title: list[str] = worker.cmdline()[:1]
+    return title == ["ray::IDLE"]
+
+
+def _is_starting(worker: psutil.Process) -> bool:
+    return any(word.endswith("default_worker.py") for word in worker.cmdline())

@@ -1,12 +1,14 @@
 """On a real Ray: a spare worker starts without work, and the next actor of the node takes it."""
 
 import os
+import subprocess
+import sys
 import time
 from typing import Any
 
 import psutil
 
-from cluster.spare import start_spare_worker
+from cluster.spare import may_leave_idle_class, set_idle_class, start_spare_worker
 
 
 async def test_the_next_process_of_a_node_is_the_spare_one(ray_cluster: str) -> None:
@@ -35,3 +37,18 @@ async def test_the_next_process_of_a_node_is_the_spare_one(ray_cluster: str) -> 
     assert set(ray.get([other.pid.remote() for other in others])) >= found - before
     for other in (first, *others):
         ray.kill(other)
+
+
+def test_a_process_and_its_threads_give_way_to_others_and_come_back() -> None:
+    code = "import threading; threading.Thread(target=input).start(); print(flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        threads = [int(thread) for thread in os.listdir(f"/proc/{process.pid}/task")]
+        assert len(threads) == 2
+        for idle in (True, False) if may_leave_idle_class() else (True,):
+            set_idle_class(process.pid, idle=idle)
+            policy = os.SCHED_IDLE if idle else os.SCHED_OTHER
+            assert {os.sched_getscheduler(thread) for thread in threads} == {policy}
+        process.stdin.write(b"\n")
