@@ -7,6 +7,7 @@ Shapes: L layers, E experts.
 """
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def _from_npz(path: Path) -> npt.NDArray[np.generic]:
                 raise InvalidRequest(f"{path}: no key {KEY!r} (it has {', '.join(arrays.files) or 'none'})")
             found: npt.NDArray[np.generic] = arrays[KEY]
             return found
-    except (zipfile.BadZipFile, ValueError, TypeError, OSError, EOFError) as err:
+    except (zipfile.BadZipFile, zlib.error, ValueError, TypeError, OSError, EOFError) as err:
         raise InvalidRequest(f"{path}: not a readable .npz file ({err})") from err
 
 

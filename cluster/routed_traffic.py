@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from cluster.traces import RoutingTrace, TraceBatch
+from cluster.traces import RoutingTrace, TraceBatch, check_windows
 from cluster.traffic import Work, random_states
 from protos.errors import InvalidRequest
 from protos.router_pb2 import DescribeResponse
@@ -83,7 +83,11 @@ def recorded_rate(trace: RoutingTrace, *, max_tokens: int, mean: float | None = 
 
     Args:
         mean: requests per second on average: the trace runs faster or slower to have it; None: as recorded.
+
+    Raises:
+        InvalidRequest: the trace is longer than its windows may take memory; see also RoutingTrace.
     """
+    check_windows(trace, window_s=WINDOW_S, numbers=1)
     first_s, last_s = trace.span_s
     length_s = max(last_s - first_s, WINDOW_S)
     count_W = np.zeros(int((last_s - first_s) / WINDOW_S) + 1)

@@ -191,6 +191,24 @@ def load_matrix(trace: RoutingTrace, window_s: float | None = None) -> list[tupl
     return [(first_s + window * length_s, load_WLE[window]) for window in range(num_windows)]
 
 
+def check_windows(trace: RoutingTrace, *, window_s: float, numbers: int) -> None:
+    """Refuse a trace whose windows do not fit into memory: a single wrong time makes it span years.
+
+    Args:
+        numbers: that every window has, 8 bytes each.
+
+    Raises:
+        InvalidRequest: they exceed MAX_MATRIX_BYTES, or there is no row.
+    """
+    first_s, last_s = trace.span_s
+    num_windows = int((last_s - first_s) / window_s) + 1
+    if num_windows * numbers * 8 > MAX_MATRIX_BYTES:
+        raise InvalidRequest(
+            f"{trace.path}: time_s spans {last_s - first_s:g} s: {num_windows} windows of {window_s:g} s take "
+            f"{num_windows * numbers * 8} bytes, limit is {MAX_MATRIX_BYTES}"
+        )
+
+
 def is_trace(schema: pa.Schema) -> bool:
     """Whether a file with these columns is a routing trace."""
     return "expert_ids" in schema.names

@@ -25,7 +25,7 @@ Shares = npt.NDArray[np.float64]
 
 
 class Heat(Protocol):
-    """Which experts the pairs go to, over time."""
+    """Which experts the pairs go to, over time, from 0 on."""
 
     def shares(self, now_s: float) -> Shares:
         """share_LE: each expert's share of its layer's pairs; rows sum to 1. Do not write to it."""
@@ -125,7 +125,7 @@ def pattern_shares(pattern: Pattern, *, num_layers: int, num_experts: int, top_k
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A load as a function of time.
+    """A load as a function of time. Before time 0 it is that of time 0.
 
     Args:
         layers: names, in row order.
@@ -151,7 +151,7 @@ class Workload:
         return self.num_tokens * self.top_k * self.visits
 
     def requests_per_s(self, now_s: float) -> float:
-        return float(self.rate(now_s) if callable(self.rate) else self.rate)
+        return float(self.rate(max(now_s, 0.0)) if callable(self.rate) else self.rate)
 
     def pairs_per_s(self, now_s: float) -> float:
         """Of all layers."""
@@ -159,7 +159,8 @@ class Workload:
 
     def load(self, now_s: float) -> npt.NDArray[np.float64]:
         """load_LE: routed pairs per second of every expert."""
-        load_LE: npt.NDArray[np.float64] = self.heat.shares(now_s) * (self.pairs_per_s(now_s) / len(self.layers))
+        per_layer = self.pairs_per_s(now_s) / len(self.layers)
+        load_LE: npt.NDArray[np.float64] = self.heat.shares(max(now_s, 0.0)) * per_layer
         return load_LE
 
 

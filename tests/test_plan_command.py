@@ -252,6 +252,11 @@ def write_bad(path: Path, kind: str) -> None:
             np.savez(path, load=np.array([{}, None]))
         if kind == "broken":
             path.write_bytes(path.read_bytes()[:200])
+        if kind == "member":
+            np.savez_compressed(path, load=LOAD_LE)
+            data = bytearray(path.read_bytes())
+            data[80:100] = b"\xff" * 20  # the directory and its checksums are whole
+            path.write_bytes(data)
         if kind == "npy":
             with path.open("wb") as file:
                 np.save(file, LOAD_LE)
@@ -290,6 +295,7 @@ def write_bad(path: Path, kind: str) -> None:
         ("l.npz", "key", r"no key 'load' \(it has other\)"),
         ("l.npz", "pickle", r"not a readable \.npz file"),
         ("l.npz", "broken", r"not a readable \.npz file"),
+        ("l.npz", "member", r"not a readable \.npz file"),
         ("l.npz", "npy", r"not a readable \.npz file"),
         ("l.safetensors", "bf16", "load has dtype BF16, expected F64, F32, F16 or integers"),
         ("l.safetensors", "negative", r"load\[0, 0\] is -\d+.*, it must be 0 or more"),

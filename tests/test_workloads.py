@@ -1,7 +1,7 @@
 """Workloads: the load they say is the load they draw, and it moves when it should."""
 
 import math
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,8 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.patterns import expert_shares, parse_pattern, ranks_after_moves
-from cluster.replay import LayerTrace, TraceHeat, replay
-from cluster.traces import RoutingTrace
 from cluster.workloads import Diurnal, DrawnHeat, Faster, Workload, flash_crowd, parse_traffic, pattern_shares
 from protos.errors import InvalidRequest
 
@@ -85,39 +83,9 @@ def test_a_rate_that_is_none_is_one_clear_line(text: str) -> None:
     assert "\n" not in found.value.message
 
 
-def test_a_trace_replays_its_tokens_in_order_and_begins_again() -> None:
-    layer = LayerTrace(
-        time_N=np.array([0.0, 0.5, 1.5]),
-        expert_NK=np.array([[0, 1], [2, 3], [4, -1]], dtype=np.int32),
-        weight_NK=np.full((3, 2), 0.5, dtype=np.float32),
-    )
-    heat = TraceHeat([layer], num_experts=EXPERTS)
-    rng = np.random.default_rng(0)
-    assert heat.routing(0, 2, 0.0, rng).expert_TK.tolist() == [[0, 1], [2, 3]]
-    assert heat.routing(0, 2, 0.0, rng).expert_TK.tolist() == [[4, -1], [0, 1]]
-    assert heat.shares(0.2)[0, :4] == pytest.approx([0.25] * 4)
-    assert heat.shares(1.2)[0, 4] == 1.0
-    assert heat.tokens_per_s == 2.0
-
-
-def test_a_recorded_file_becomes_a_workload(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    experts = [[0, 1], [2, 1], [3, 0], [1, 2]]
-    columns = {
-        "time_s": pa.array([10.0, 10.0, 11.0, 12.0]),
-        "layer": pa.array(["0", "1", "0", "1"]),
-        "token": pa.array([0, 0, 1, 1]),
-        "expert_ids": pa.array(experts, pa.list_(pa.int32())),
-        "weights": pa.array([[0.6, 0.4]] * 4, pa.list_(pa.float32())),
-    }
-    pq.write_table(pa.table(columns), tmp_path / "trace.parquet")
-    workload = replay(RoutingTrace(tmp_path / "trace.parquet"), num_tokens=2, visits=2)
-    assert (workload.layers, workload.num_experts, workload.top_k) == (("0", "1"), 4, 2)
-    assert workload.requests_per_s(0.0) == pytest.approx(0.5)  # 2 tokens in 2 s, in each of 2 layers
-    rng = np.random.default_rng(0)
-    assert [workload.heat.routing(row, 2, 0.0, rng).expert_TK.tolist() for row in (0, 1)] == [
-        [[0, 1], [3, 0]],
-        [[2, 1], [1, 2]],
-    ]
+@pytest.mark.parametrize("move", ["jump", "drift"])
+def test_before_its_beginning_a_workload_is_as_at_its_beginning(move: Literal["jump", "drift"]) -> None:
+    heat = DrawnHeat(zipf_shares(), top_k=TOP_K, move=move, every_s=2.0)
+    workload = make(heat, rate=flash_crowd(40, 250, at_s=6, hold_s=5))
+    assert workload.load(-4.5).tolist() == workload.load(0.0).tolist()
+    assert make(heat, rate=Diurnal(low=5, high=15, period_s=60)).requests_per_s(-10.0) == 5
