@@ -77,18 +77,18 @@ def simulate(
             raise bad_input(f"--warm-up is {warm_up:g}, it must be within 0..duration ({duration:g})")
         if load is not None and trace is not None:
             raise bad_input("--load and --trace exclude each other")
-        faults = [_fault(text) for text in lose or ()]
+        faults = [_fault(text, duration) for text in lose or ()]
         from cluster.config import load_config
         from cluster.models import find_model
         from cluster.sim_control import Foresight
         from cluster.sim_view import simulation_lines
-        from cluster.simulate import Simulation, choose_scale
+        from cluster.simulate import Simulation, check_one_pool, choose_scale
         from cluster.workloads import Faster, parse_traffic
         from protos.checkpoint import read_model
 
-        wanted = _changed(
-            load_config(config, model=model), capacity_factor=capacity_factor, chain=chain, servers=servers
-        )
+        given = load_config(config, model=model)
+        check_one_pool(given)
+        wanted = _changed(given, capacity_factor=capacity_factor, chain=chain, servers=servers)
         spec = read_model(find_model(wanted.model))
         workload = _workload(
             spec, pattern, load, trace, tokens, visits, None if move_every is None else move, move_every
@@ -119,13 +119,15 @@ def simulate(
             out.line(line)
 
 
-def _fault(text: str) -> "Fault":
+def _fault(text: str, duration_s: float) -> "Fault":
     from cluster.simulate import Fault
 
     where, _, kind = text.partition(":")
     server, _, at_s = where.partition("@")
     try:
         if kind in ("", "kill", "silent") and int(server) >= 0 and 0 <= float(at_s) < float("inf"):
+            if float(at_s) >= duration_s:
+                raise bad_input(f"--lose is {text!r}, it must be before the end: --duration is {duration_s:g}")
             return Fault(at_s=float(at_s), server=int(server), kind="silent" if kind == "silent" else "kill")
     except ValueError:
         pass

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
 from cluster.load import LoadWindow
-from cluster.messages import ServerBeat, ServerHello
+from cluster.messages import Key, ServerBeat, ServerHello
 from cluster.planner import Plan, plan
 from cluster.planner_input import planner_input
 from cluster.pools import Pools
@@ -22,8 +22,9 @@ from cluster.relay import AT_LEAST, AT_MOST
 from cluster.sim_events import Clock
 from cluster.sim_router import SimRouter
 from cluster.sim_servers import Machine, SimServer
-from cluster.steps import Load, Unload
+from cluster.steps import Load, Reshare, Unload
 from cluster.workloads import Workload
+from router.table import CopyShare
 
 DECIDE_S = 0.1  # Serve's controller asks a policy so often
 LINGER_S = 1.0  # a server that left answers what is still on its way
@@ -56,7 +57,7 @@ class SimPlacement:
     Args:
         routers: of the cluster; the caller fills it.
         servers: all that ever were, by id; the caller adds to it.
-        static: adopt the first complete plan and no later one but for what is missing.
+        static: keep the first complete plan; later ones only re-place what a lost or leaving server held.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class SimPlacement:
         self._needed_copies = self._denied_copies = 0
         self._clock, self._knobs, self._machine, self._workload = clock, knobs, machine, workload
         self._routers, self._servers = routers, servers
-        self._foresight, self._static = foresight, static
+        self._foresight, self._static, self._complete = foresight, static, False
         self._sent_version: dict[str, int] = {}
         self._sent_epoch = 0
         self._planning = self._again = False
@@ -184,22 +185,23 @@ class SimPlacement:
         self._after()
         if self.fleet.settled:
             self._planning = True
+            knobs = self._knobs
+            if self._static and self._complete:
+                knobs = knobs.model_copy(update={"max_moves": 0, "survive": 0})
             inputs = planner_input(
-                self._knobs, self.fleet, layers=self._workload.layers, load_LE=self._load(), speed=self.pools.speed
+                knobs, self.fleet, layers=self._workload.layers, load_LE=self._load(), speed=self.pools.speed
             )
             self._clock.after(self._machine.plan_s, self._adopt, plan(inputs))
 
     def _adopt(self, found: Plan) -> None:
         self._planning = False
         self.num_plans += 1
-        everything = len(self._workload.layers) * self._workload.num_experts
         self._needed_copies, self._denied_copies = found.needed_copies, found.wanted_copies
-        loads = [step for step in found.steps if isinstance(step, Load)]
-        current = self.fleet.current
-        if self._static and len(current) == everything:
-            return
+        if self._static and self._complete:
+            found = only_replaced(found, self.fleet.current)
+        self._complete = self._complete or not found.missing
         if found.steps:
-            self.loads += len(loads)
+            self.loads += sum(isinstance(step, Load) for step in found.steps)
             self.unloads += sum(isinstance(step, Unload) for step in found.steps)
             self.fleet.adopt(found.copies, found.steps, self._clock.now_s)
             self._after()
@@ -210,6 +212,23 @@ class SimPlacement:
         if self._foresight is not None:
             return self._workload.load(self._clock.now_s + self._foresight.load_lead_s)
         return self.window.rates()
+
+
+def only_replaced(found: Plan, current: Mapping[Key, tuple[CopyShare, ...]]) -> Plan:
+    """The part of a plan that loads what is missing and makes room for it; all other experts stay as they are.
+
+    Those that lost some of their copies keep the others, which take all of their traffic.
+    """
+    touched = {step.key for step in found.steps if not isinstance(step, Reshare) and step.reason != "surplus"}
+    copies = {key: held for key, held in current.items() if key not in touched}
+    copies |= {key: found.copies[key] for key in touched if key in found.copies}
+    for step in found.steps:
+        held = copies.get(step.key, ())
+        total = sum(copy.share for copy in held)
+        if held and isinstance(step, Reshare) and step.key not in touched and abs(total - 1) > 1e-9:
+            touched.add(step.key)
+            copies[step.key] = tuple(replace(copy, share=copy.share / total) for copy in held)
+    return replace(found, copies=copies, steps=tuple(step for step in found.steps if step.key in touched))
 
 
 class SimPool:
@@ -240,6 +259,7 @@ class SimPool:
         self._placement, self._make, self._on_stop, self._foresight = placement, make, on_stop, foresight
         self._target = config.experts.min_servers
         self._count = 0
+        self._unnoticed = 0  # servers that died within the last replace_s
         for _ in range(self._target):
             self._start(0.0)
         clock.every(DECIDE_S, self._decide, first_s=DECIDE_S)
@@ -250,11 +270,14 @@ class SimPool:
         return len(self.running) + len(self.starting) + len(self.draining)
 
     def lose(self, server_id: str) -> None:
-        """A server dies; its replacement is asked for a little later."""
-        server = self.running.pop(server_id, None) or self.draining.pop(server_id, None)
-        if server is not None:
-            server.alive = False
-            self._clock.after(self._machine.replace_s, self._follow)
+        """A running server dies; its replacement is asked for a little later."""
+        self.running.pop(server_id).alive = False
+        self._unnoticed += 1
+        self._clock.after(self._machine.replace_s, self._notice)
+
+    def _notice(self) -> None:
+        self._unnoticed -= 1
+        self._follow()
 
     def _decide(self) -> None:
         self.server_seconds += DECIDE_S * self.paid
@@ -272,7 +295,7 @@ class SimPool:
 
     def _follow(self) -> None:
         """Start what is missing, stop what is too much: those that start first, then the youngest."""
-        while len(self.running) + len(self.starting) < self._target:
+        while len(self.running) + len(self.starting) + self._unnoticed < self._target:
             self._start(self._machine.start_s)
         while len(self.running) + len(self.starting) > self._target:
             if self.starting:
@@ -315,8 +338,6 @@ class SimPool:
         self._on_stop(server)
 
 
-def hello_of(server_id: str, *, max_copies: int, speed: float = 1.0) -> ServerHello:
+def hello_of(server_id: str, *, max_copies: int, pool: str) -> ServerHello:
     """What a simulated server says about itself."""
-    return ServerHello(
-        server_id=server_id, address=server_id, node=server_id, pid=0, max_copies=max_copies, speed=speed
-    )
+    return ServerHello(server_id=server_id, address=server_id, node=server_id, pid=0, max_copies=max_copies, pool=pool)

@@ -103,7 +103,7 @@ def balancedness(
 def recoveries(outside_S: npt.NDArray[np.bool_], onsets_s: Sequence[float]) -> list[dict[str, float | None]]:
     """For every onset, seconds until the last slice outside the SLO before the next onset has ended; 0: none was.
 
-    None: it still was outside when the next onset came, or the simulation ended.
+    Onsets come in order, each once. None: it still was outside when the next onset came, or the simulation ended.
     """
     found: list[dict[str, float | None]] = []
     end_s = len(outside_S) * SLICE_S
@@ -123,20 +123,27 @@ def document(
     seconds: float,
     warm_up_s: float,
     onsets_s: Sequence[float],
-    open_requests: int,
     server_seconds: float,
     placement: dict[str, Any],
 ) -> dict[str, Any]:
-    """The result as plain values; latency, throughput and goodput are of requests due after the warm-up."""
-    due_N, took_N = np.array(record.due_s), np.array(record.took_s)
+    """The result as plain values; latency, throughput and goodput are of requests due after the warm-up.
+
+    Throughput is of those that were answered by the end, so that a backlog does not count as if it were none.
+
+    Args:
+        onsets_s: moments to recover from, in order, each once.
+    """
+    due_N, took_N, ended_N = (np.array(values) for values in (record.due_s, record.took_s, record.ended_s))
     counted_N = due_N >= warm_up_s
-    took_s = took_N[counted_N & np.isfinite(took_N)].tolist()
+    answered_N = counted_N & np.isfinite(took_N)
+    took_s = took_N[answered_N].tolist()
+    in_time = int((answered_N & (ended_N <= seconds)).sum())
     totals = asdict(record.totals)
     requests, failed, tokens = (totals.pop(name) for name in ("requests", "failed_requests", "tokens"))
     per_request = tokens / (requests - failed) if requests > failed else 0.0
     span_s = max(seconds - warm_up_s, 1e-9)
     good = int((took_N[counted_N] <= record.slo_s).sum())
-    offered = int(counted_N.sum()) + open_requests
+    offered = int(counted_N.sum())
     outside_S = record.late_slices(seconds)
     runs = [sum(1 for _ in run) for late, run in groupby(outside_S[int(warm_up_s / SLICE_S) :].tolist()) if late]
     moments = [moment for moment in record.moments if moment.at_s > warm_up_s]
@@ -148,10 +155,9 @@ def document(
             "sent": record.offered * record.scale,
             "answered": (requests - failed) * record.scale,
             "failed": failed * record.scale,
-            "open": open_requests * record.scale,
         },
-        "tokens_per_s": len(took_s) * per_request / span_s,
-        "requests_per_s": len(took_s) * record.scale / span_s,
+        "tokens_per_s": in_time * per_request / span_s,
+        "requests_per_s": in_time * record.scale / span_s,
         "latency_s": percentiles(took_s),
         "slo": {
             "limit_s": record.slo_s,

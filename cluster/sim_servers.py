@@ -20,10 +20,10 @@ LOAD_SLICE_S = 0.1  # as in cluster/expert_replica.py
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Constants of the machines, each measured by itself; they do not depend on what is simulated.
+    """Constants of the machines; they do not depend on what is simulated.
 
     Args:
-        pairs_per_s: routed pairs a server of speed 1 computes.
+        pairs_per_s: routed pairs a server computes.
         emulated: it is paced as `experts.meters.Pacer` does it: a launch lasts launch_s or its pairs' time, whichever
             is longer; else both add up.
         launch_s: fixed time of a launch.
@@ -88,7 +88,7 @@ class SimServer:
         self._budget_bytes, self._copy_bytes = config.budget_bytes, copy_bytes
         self._report = report
         self.batcher: Batcher[Work] = Batcher(config.max_queue_tokens, config.max_launch_tokens)
-        self.pairs_per_s = machine.pairs_per_s * hello.speed
+        self.pairs_per_s = machine.pairs_per_s
         self._pacer = Pacer(self.pairs_per_s) if machine.emulated else None
         self._busy = BusyMeter()
         self._running = False

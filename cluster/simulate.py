@@ -34,6 +34,7 @@ from protos.errors import DeadlineExceeded, InvalidRequest, Overloaded
 
 SETUP_S = 5.0  # the cluster comes up before time 0: there loading takes no time, and nothing is sent or counted
 GRAIN_S = 1e-5  # departures are sent at most so late: a clock that moves by rounding errors would stand still
+DRAIN_STEP_S = 0.1  # after the end, whether requests are still open is looked at so often
 MAX_OPEN = 1024  # as in cluster/loadgen.py
 VISITS_PER_S = 400.0  # requests times visits in one simulated second that `choose_scale` aims at
 
@@ -63,13 +64,12 @@ class Simulation:
         slo_s: latency a request may have.
         foresight: makes planner and scaling clairvoyant; None: they see what they measure.
         static: keep the first plan; only what is lost is re-placed.
-        speeds: of the servers in order of their start, again from the first; relative to machine.pairs_per_s.
         max_open: requests that the load generator keeps open; what is due beyond that fails.
         scale: see the module docstring.
         seed: of everything that is drawn.
 
     Raises:
-        InvalidRequest: a server cannot hold a single copy.
+        InvalidRequest: the config has several pools, or a server cannot hold a single copy.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class Simulation:
         slo_s: float = 0.25,
         foresight: Foresight | None = None,
         static: bool = False,
-        speeds: Sequence[float] = (1.0,),
         max_open: int = MAX_OPEN,
         scale: int = 1,
         seed: int = 0,
     ) -> None:
+        check_one_pool(config)
         max_copies = config.experts.settings.budget_bytes // copy_bytes
         if max_copies < 1:
             raise InvalidRequest(
                 f"budget_bytes ({config.experts.settings.budget_bytes}) is below one expert ({copy_bytes} bytes)"
             )
         self._config, self._workload, self._machine = config, workload, machine
-        self._copy_bytes, self._max_copies, self._speeds, self._scale = copy_bytes, max_copies, speeds, scale
+        self._copy_bytes, self._max_copies, self._scale = copy_bytes, max_copies, scale
         self._max_open = max(1, max_open // scale)
         self._faults = sorted(faults, key=lambda fault: fault.at_s)
         self._clock = Clock(-SETUP_S)
@@ -105,6 +105,7 @@ class Simulation:
         self._servers: dict[str, SimServer] = {}
         self._routers: list[SimRouter] = []
         self._turn = 0
+        self._until_s = 0.0
         self._phases: list[dict[str, float]] = []
         self.placement = SimPlacement(
             self._clock,
@@ -131,26 +132,34 @@ class Simulation:
         )
 
     def run(self, duration_s: float, *, warm_up_s: float = 0.0) -> dict[str, Any]:
-        """Simulate `duration_s` seconds from time 0 on; what was due in the warm-up is left out of the latencies."""
-        clock = self._clock
-        onsets_s = self._workload.heat.onsets(duration_s)
-        marks_s = sorted({0.0, *onsets_s, *(fault.at_s for fault in self._faults)})
-        for mark_s in marks_s:
+        """Simulate `duration_s` seconds from time 0 on, and then until every request is answered or timed out.
+
+        Requests due within `duration_s` count; those due in the warm-up are left out of the latencies. Servers, copies,
+        events and the timeline are those of `duration_s`. Every fault is before it.
+        """
+        assert all(fault.at_s < duration_s for fault in self._faults)
+        clock, self._until_s = self._clock, duration_s
+        onsets_s = sorted({*self._workload.heat.onsets(duration_s), *(fault.at_s for fault in self._faults)})
+        for mark_s in sorted({0.0, *onsets_s}):
             clock.at(mark_s, self._mark)
         for fault in self._faults:
             clock.at(fault.at_s, self._lose, fault)
         clock.at(0.0, self._begin)
         clock.run(duration_s)
         self._mark()
+        server_seconds, copies = self.pool.server_seconds, self.placement.fleet.table.copies
+        last_s = duration_s + self._config.router.settings.default_timeout_s
+        while self._open and clock.now_s < last_s:
+            clock.run(min(clock.now_s + DRAIN_STEP_S, last_s))
+        assert not self._open
         return document(
             self.record,
             seconds=duration_s,
             warm_up_s=warm_up_s,
-            onsets_s=[*onsets_s, *(fault.at_s for fault in self._faults)],
-            open_requests=len(self._open),
-            server_seconds=self.pool.server_seconds,
+            onsets_s=onsets_s,
+            server_seconds=server_seconds,
             placement={
-                "copies": sum(map(len, self.placement.fleet.table.copies.values())),
+                "copies": sum(map(len, copies.values())),
                 "copy_bytes": self._copy_bytes,
                 "phases": [
                     {"from_s": now["at_s"], "to_s": then["at_s"]}
@@ -176,11 +185,15 @@ class Simulation:
         if self._workload.poisson:
             if rate:
                 self._send(now_s)
-            self._clock.after(self._rng.exponential(1 / rate) if rate else 0.02, self._depart)
+            next_s = now_s + (self._rng.exponential(1 / rate) if rate else 0.02)
+            if next_s <= self._until_s:
+                self._clock.at(next_s, self._depart)
             return
         while (due_s := self._departures.next(self._rate, now_s=now_s)) is not None:
             self._send(due_s)
-        self._clock.after(max(self._departures.patience_s(rate), GRAIN_S), self._depart)
+        if now_s < self._until_s:
+            next_s = now_s + max(self._departures.patience_s(rate), GRAIN_S)
+            self._clock.at(min(next_s, self._until_s), self._depart)
 
     def _send(self, due_s: float) -> None:
         workload, record = self._workload, self.record
@@ -214,8 +227,7 @@ class Simulation:
     # ------------------------------------------------------------------ servers and routers
 
     def _make(self, server_id: str) -> SimServer:
-        speed = self._speeds[len(self._servers) % len(self._speeds)]
-        hello = hello_of(server_id, max_copies=self._max_copies, speed=speed)
+        hello = hello_of(server_id, max_copies=self._max_copies, pool=self._config.experts.name)
 
         def report(beat: ServerBeat) -> None:
             self._clock.after(self._machine.control_s, self.placement.beat_server, beat)
@@ -270,7 +282,7 @@ class Simulation:
     # ------------------------------------------------------------------ what is seen
 
     def _say(self, what: str) -> None:
-        if self._clock.now_s >= 0:
+        if 0 <= self._clock.now_s <= self._until_s:
             self.record.events.append((self._clock.now_s, what))
 
     def _mark(self) -> None:
@@ -288,8 +300,10 @@ class Simulation:
             }
         )
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
         now_s, record, workload = self._clock.now_s, self.record, self._workload
+        if now_s > self._until_s:
+            return False
         took_s = np.array(record.took_s[bisect_right(record.ended_s, now_s - 1.0) :])
         took_s = took_s[np.isfinite(took_s)]
         serving = [server_id for server_id, server in self.pool.running.items() if server.warm]
@@ -309,6 +323,18 @@ class Simulation:
                 pairs_in_flight=self._scale * sum(sum(router.pairs_in_flight.values()) for router in self._routers),
             )
         )
+        return True
+
+
+def check_one_pool(config: ClusterConfig) -> None:
+    """Refuse what cannot be simulated.
+
+    Raises:
+        InvalidRequest: the config lists its servers in `pools`.
+    """
+    if config.pools:
+        names = ", ".join(pool.name for pool in config.pools)
+        raise InvalidRequest(f"pools is given ({names}), but the simulator simulates one pool: describe it in experts")
 
 
 def choose_scale(workload: Workload, duration_s: float) -> int:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from cluster.cli import main
 from cluster.config import ClusterConfig, parse_config
 from cluster.patterns import parse_pattern
 from cluster.sim_control import Foresight
+from cluster.sim_report import SLICE_S, recoveries
 from cluster.sim_servers import Machine
 from cluster.simulate import Fault, Simulation, choose_scale
 from cluster.workloads import Diurnal, DrawnHeat, Workload, flash_crowd, pattern_shares
+from protos.errors import InvalidRequest
+from router.table import CopyShare
 from tests.tiny_models import tiny_model
 
 LAYERS, EXPERTS, TOP_K = ("0", "1"), 8, 2
@@ -25,12 +29,21 @@ COPY_BYTES = 1000
 MACHINE = Machine(pairs_per_s=2000.0, emulated=True, start_s=1.5, load_bytes_per_s=COPY_BYTES * 200)
 
 
-def config(*, servers: tuple[int, int] = (3, 3), copies: int = 16, **overflow: Any) -> ClusterConfig:
+def config(
+    *,
+    servers: tuple[int, int] = (3, 3),
+    copies: int = 16,
+    name: str = "default",
+    placement: dict[str, Any] | None = None,
+    **overflow: Any,
+) -> ClusterConfig:
     return parse_config(
         {
             "model": "simulated",
             "router": {"settings": {"overflow": overflow}},
+            "placement": placement or {},
             "experts": {
+                "name": name,
                 "min_servers": servers[0],
                 "max_servers": servers[1],
                 "settings": {"budget_bytes": copies * COPY_BYTES},
@@ -55,10 +68,9 @@ def simulate(cluster: ClusterConfig, load: Workload, seconds: float, **options: 
 
 
 def account(found: dict[str, Any], load: Workload) -> tuple[int, int]:
-    """Pairs offered, and pairs that the ledger knows or that are still open."""
-    ledger, requests = found["ledger"], found["requests"]
-    known = ledger["computed"] + ledger["dropped"] + ledger["failed"] + requests["open"] * load.pairs
-    return requests["sent"] * load.pairs, known
+    """Pairs offered, and pairs that the ledger knows."""
+    ledger = found["ledger"]
+    return found["requests"]["sent"] * load.pairs, ledger["computed"] + ledger["dropped"] + ledger["failed"]
 
 
 @settings(max_examples=8, deadline=None)
@@ -127,7 +139,8 @@ def test_rows_of_a_lost_server_are_computed_elsewhere(kind: Any) -> None:
     assert found["requests"]["failed"] == 0
     assert found["ledger"]["retried"] > 0
     assert "s0000 lost" in " ".join(event["what"] for event in found["events"])
-    assert any(event["what"] == "s0003 started" for event in found["events"])
+    [started_s] = [event["at_s"] for event in found["events"] if event["what"] == "s0003 started"]
+    assert started_s == pytest.approx(1.003 + MACHINE.replace_s + MACHINE.start_s)
     assert found["timeline"][-1]["servers"] == 3
 
 
@@ -142,9 +155,37 @@ def test_a_hot_spot_gets_more_copies_and_latency_recovers_as_no_static_placement
     assert follows["slo"]["goodput_share"] > stays["slo"]["goodput_share"]
 
 
-def test_a_flash_crowd_brings_servers_and_they_leave_again() -> None:
+@pytest.mark.parametrize("survive", [0, 1])
+def test_a_static_placement_replaces_what_is_lost_and_moves_nothing_else(survive: int) -> None:
+    load = workload("hot:1:0.45", 150.0)
+    cluster = config(copies=24, placement={"survive": survive})
+    sims = [
+        Simulation(cluster, load, MACHINE, copy_bytes=COPY_BYTES, faults=faults, static=True)
+        for faults in ((), [Fault(at_s=2.0, server=1)])
+    ]
+    (before, _), (after, found) = [(sim.placement.fleet, sim.run(10.0)) for sim in sims]
+    whole, left = before.current, after.current
+    lost = {key for key, copies in whole.items() if all(copy.server_id == "s0001" for copy in copies)}
+    assert {key: copies for key, copies in left.items() if key not in lost} == {
+        key: rest(copies, "s0001") for key, copies in whole.items() if key not in lost
+    }
+    assert left.keys() == whole.keys()
+    phase = found["placement"]["phases"][-1]
+    assert (phase["planned_loads"], phase["planned_unloads"]) == (len(lost), 0)
+    assert bool(lost) == (survive == 0)
+
+
+def rest(copies: tuple[CopyShare, ...], lost: str) -> tuple[CopyShare, ...]:
+    """The copies that stay, with the shares that a fleet gives them."""
+    kept = [copy for copy in copies if copy.server_id != lost]
+    total = sum(copy.share for copy in kept)
+    return tuple(CopyShare(server_id=copy.server_id, share=copy.share / total) for copy in kept)
+
+
+@pytest.mark.parametrize("name", ["default", "gpu-large"])
+def test_a_flash_crowd_brings_servers_and_they_leave_again(name: str) -> None:
     load = workload("uniform", flash_crowd(40, 250, at_s=3, hold_s=8))
-    found = simulate(config(servers=(2, 6)), load, 30.0)
+    found = simulate(config(servers=(2, 6), name=name), load, 30.0)
     servers = [row["servers"] for row in found["timeline"]]
     assert servers[0] == servers[-1] == 2
     assert max(servers) >= 4
@@ -181,6 +222,58 @@ def test_a_clairvoyant_cluster_is_there_before_the_crowd() -> None:
     found = simulate(config(servers=(2, 6)), load, 20.0, foresight=seer, slo_s=0.2)
     assert [row["servers"] for row in found["timeline"]][5] == 5  # 250 * 32 pairs/s at 0.8 * 2000 each
     assert found["slo"]["outside_s"] == 0
+
+
+@pytest.mark.parametrize("move", ["jump", "drift"])
+def test_a_clairvoyant_plan_may_be_made_before_the_beginning(move: str) -> None:
+    load = workload(move=move, every_s=2.0)
+    found = simulate(config(servers=(2, 6)), load, 3.0, foresight=Foresight(utilisation=0.8, lead_s=2.5))
+    assert found["requests"]["failed"] == 0
+
+
+def test_several_pools_are_refused() -> None:
+    cluster = parse_config({"model": "simulated", "pools": [{"name": "fast"}, {"name": "slow"}]})
+    with pytest.raises(InvalidRequest, match=r"pools is given \(fast, slow\), but the simulator simulates one pool"):
+        simulate(cluster, workload(), 1.0)
+
+
+def test_requests_that_are_open_at_the_end_count_with_what_they_took() -> None:
+    load = workload("uniform", 300.0)  # 9,600 pairs per second for servers that compute 6,000
+    found = simulate(config(), load, 4.0)
+    requests = found["requests"]
+    assert requests["sent"] == pytest.approx(1200, abs=1)
+    assert requests["answered"] == requests["sent"]
+    assert found["latency_s"]["max"] > 1.5
+    assert found["slo"]["longest_outside_s"] > 3
+    assert found["tokens_per_s"] < 6000 / TOP_K * 1.05  # what the servers compute, not what they were sent
+    assert found["servers"]["seconds"] == pytest.approx(12, abs=0.5)
+    assert found["timeline"][-1]["at_s"] == 4
+
+
+def test_requests_that_nobody_answers_are_outside_the_slo() -> None:
+    machine = replace(MACHINE, replace_s=1000.0)
+    faults = [Fault(at_s=2.0, server=0) for _ in range(3)]
+    found = simulate(config(), workload("uniform", 20.0), 4.0, faults=faults, machine=machine, slo_s=0.2)
+    assert found["requests"]["failed"] == pytest.approx(40, abs=2)
+    assert found["slo"]["outside_s"] == pytest.approx(2, abs=SLICE_S)
+    assert found["slo"]["goodput_share"] == pytest.approx(0.5, abs=0.03)
+    assert [onset["onset_s"] for onset in found["slo"]["onsets"]] == [2.0]
+    assert [phase["from_s"] for phase in found["placement"]["phases"]] == [0, 2]
+
+
+def test_a_fault_between_two_jumps_is_an_onset_among_them() -> None:
+    load = workload(move="jump", every_s=2.0)
+    found = simulate(config(), load, 6.0, faults=[Fault(at_s=3.0, server=0), Fault(at_s=4.0, server=0)])
+    assert [onset["onset_s"] for onset in found["slo"]["onsets"]] == [2.0, 3.0, 4.0]
+
+
+def test_a_recovery_ends_with_the_last_slice_outside_before_the_next_onset() -> None:
+    outside_S = np.zeros(40, dtype=np.bool_)  # 10 s
+    outside_S[[8, 9, 11]] = True  # 2 to 2.5 s, and until 3 s
+    outside_S[16:20] = True  # 4 to 5 s: until the next onset
+    found = recoveries(outside_S, [2.0, 4.0, 5.0])
+    assert [(onset["onset_s"], onset["back_within_slo_s"]) for onset in found] == [(2.0, 1.0), (4.0, None), (5.0, 0.0)]
+    assert recoveries(outside_S, []) == []
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +330,7 @@ def test_the_command_tells_people_the_same(command: Callable[..., tuple[int, str
         (("--rate", "fast"), "rate is 'fast'"),
         (("--lose", "x"), "--lose is 'x'"),
         (("--lose", "1@-2"), "--lose is '1@-2'"),
+        (("--lose", "1@60"), "--lose is '1@60', it must be before the end: --duration is 60"),
         (("--machine", "speed=1"), "--machine is 'speed=1'"),
         (("--machine", "pairs_per_s=0"), "pairs_per_s"),
         (("--duration", "0"), "--duration is 0"),
@@ -259,3 +353,27 @@ def test_a_wrong_argument_is_one_clear_line(
     assert stdout == ""
     assert stderr.count("\n") == 1
     assert said in stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--servers", "3"), ("--trace", "nowhere.parquet")])
+def test_a_file_with_pools_is_refused_in_one_clear_line(
+    command: Callable[..., tuple[int, str, str]], cluster_file: Path, more: tuple[str, ...]
+) -> None:
+    whole = cluster_file.read_text()
+    cluster_file.write_text(whole.splitlines()[0] + "\npools: [{name: fast}, {name: slow}]\n")
+    try:
+        status, stdout, stderr = command(*more)
+    finally:
+        cluster_file.write_text(whole)
+    assert (status, stdout) == (2, "")
+    assert stderr.count("\n") == 1
+    assert "pools is given (fast, slow), but the simulator simulates one pool" in stderr
+
+
+@pytest.mark.parametrize("move", ["jump", "drift"])
+def test_the_command_plans_ahead_of_a_heat_that_moves(command: Callable[..., tuple[int, str, str]], move: str) -> None:
+    status, stdout, _ = command(
+        "--clairvoyant", "0.8", "--move-every", "2", "--move", move, "--duration", "3", "--rate", "10", "--json"
+    )
+    assert status == 0
+    assert json.loads(stdout)["requests"]["failed"] == 0
