@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.loadgen import Sample
+from cluster.sim_report import Record
 
 INSIDE_SHARE = 0.99
 INSIDE_WINDOW_S = 6.0
@@ -35,6 +36,13 @@ def outcome(sample: Sample) -> Outcome:
         due_s=sample.ended_s - sample.took_s,
         took_s=sample.took_s if sample.ledger is not None else math.inf,
         epoch=sample.ledger.epoch if sample.ledger is not None else 0,
+    )
+
+
+def simulated_outcomes(record: Record) -> list[Outcome]:
+    """All requests of a simulation, sorted."""
+    return sorted(
+        Outcome(due_s=due_s, took_s=took_s) for due_s, took_s in zip(record.due_s, record.took_s, strict=True)
     )
 
 

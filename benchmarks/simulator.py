@@ -8,8 +8,8 @@ day      server-seconds over a diurnal cycle, over those of a clairvoyant cluste
 large    61 layers of 256 experts, as skewed as DeepSeek-V3's, on 32 servers, with a flash crowd and a lost server:
          what a simulated second costs
 reality  three scenarios on a real cluster (Ray, servers paced to a slow device's rate) and simulated: uniform load,
-         a static placement near saturation, a server killed under load. The machine's constants are measured
-         before, by themselves: an echo, an idle cluster, a server killed without load. Only this part takes real time
+         a static placement near saturation, a server killed under load. The machine's constants come from an echo,
+         an idle cluster and a server killed without load, before any of them. Only this part takes real time
 """
 
 import argparse
@@ -20,14 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.elasticity_slo import Outcome, violations
+from benchmarks.elasticity_slo import simulated_outcomes, violations
 from benchmarks.load_matrices import deepseek_v3_like
 from benchmarks.processes import ROOT
 from cluster.config import ClusterConfig, parse_config
@@ -41,6 +41,7 @@ Facts = dict[str, Any]
 
 SLO_FACTOR = 4.0  # over the p50 of an idle cluster
 LONGEST_S = 5.0  # a violation may last
+UTILISATIONS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # of the clairvoyants among which the cheapest is looked for
 PAIRS_PER_S = 1000.0  # of an emulated server
 EXPERTS, TOP_K, NUM_TOKENS = 32, 2, 32
 COPY_BYTES = 100_000
@@ -85,7 +86,7 @@ def day(*, period_s: float, seeds: Sequence[int]) -> Facts:
         config = cluster(LEAST, MOST, scaling=scaling)
         return _merged([_day(config, load, constants, slo_s, seed, seer) for seed in seeds])
 
-    cheapest = _clairvoyant(days, constants, seeds)
+    cheapest = cheapest_clairvoyant(lambda seer: days(seer, seeds), lead_s=constants.start_s + 1.0)
     found: Facts = {
         "slo_s": slo_s,
         "period_s": period_s,
@@ -108,15 +109,24 @@ def day(*, period_s: float, seeds: Sequence[int]) -> Facts:
     return found
 
 
-def _clairvoyant(days: Callable[..., Facts], constants: Machine, seeds: Sequence[int]) -> Facts:
-    """The cheapest clairvoyant cluster without a violation that lasts too long, found with the first seed."""
-    seer = best = Foresight(utilisation=0.6, lead_s=constants.start_s + 1.0)
-    for percent in (70, 80, 85, 90, 95):
-        seer = replace(seer, utilisation=percent / 100)
-        if days(seer, seeds[:1])["longest_violation_s"] > LONGEST_S:
-            break
-        best = seer
-    return {"utilisation": best.utilisation, **days(best, seeds)}
+def cheapest_clairvoyant(days: Callable[[Foresight], Facts], *, lead_s: float) -> Facts:
+    """The cheapest clairvoyant cluster without a violation that lasts too long, in any of the days.
+
+    Args:
+        days: the outcome with a foresight, over all seeds.
+
+    Raises:
+        RuntimeError: all of them have such a violation.
+    """
+    found = [{"utilisation": share, **days(Foresight(utilisation=share, lead_s=lead_s))} for share in UTILISATIONS]
+    kept = [facts for facts in found if facts["longest_violation_s"] <= LONGEST_S]
+    if not kept:
+        longest_s = min(facts["longest_violation_s"] for facts in found)
+        raise RuntimeError(
+            f"no clairvoyant cluster keeps the promise at utilisation {UTILISATIONS[0]} to {UTILISATIONS[-1]}: the "
+            f"longest violation is {longest_s:g} s at best, limit is {LONGEST_S:g} s"
+        )
+    return min(kept, key=lambda facts: float(facts["server_s"]))
 
 
 def _day(
@@ -137,10 +147,7 @@ def _day(
     sim = Simulation(config, workload, constants, copy_bytes=COPY_BYTES, slo_s=slo_s, foresight=seer, seed=seed)
     end_s = warm_s + load.period_s
     told = sim.run(end_s, warm_up_s=warm_s)
-    outcomes = sorted(
-        Outcome(due_s=due_s, took_s=took_s) for due_s, took_s in zip(sim.record.due_s, sim.record.took_s, strict=True)
-    )
-    spans = violations(outcomes, begin_s=warm_s, end_s=end_s, slo_s=slo_s)
+    spans = violations(simulated_outcomes(sim.record), begin_s=warm_s, end_s=end_s, slo_s=slo_s)
     paid = [(moment.at_s, moment.paid_servers) for moment in sim.record.moments if moment.at_s >= warm_s]
     return {
         "server_s": float(sum(count for _, count in paid)),
