@@ -50,6 +50,7 @@ def plan_dispatch(
     excluded_S: npt.NDArray[np.bool_] | None = None,
     capacity: int | None = None,
     prefer_pairs: float = PREFER_PAIRS,
+    speed_S: npt.NDArray[np.float64] | None = None,
 ) -> DispatchPlan:
     """Choose a copy for every pair and group the pairs by server.
 
@@ -63,6 +64,7 @@ def plan_dispatch(
         excluded_S: servers to leave out of this plan.
         capacity: most pairs per copy, None for no limit.
         prefer_pairs: how many pairs a message is worth.
+        speed_S: speeds of the servers, relative to each other; None: all alike.
     """
     if excluded_S is not None:
         placement = placement.without(excluded_S)
@@ -72,7 +74,15 @@ def plan_dispatch(
         pairs_P = np.arange(num_tokens * top_k)
     else:
         expert_P, weight_P = expert_P[pairs_P], weight_P[pairs_P]
-    server_P = choose_copies(expert_P, placement, load_S=load_S, capacity=capacity, prefer_pairs=prefer_pairs, rng=rng)
+    server_P = choose_copies(
+        expert_P,
+        placement,
+        load_S=load_S,
+        capacity=capacity,
+        prefer_pairs=prefer_pairs,
+        speed_S=speed_S,
+        rng=rng,
+    )
     if num_tokens == 1:
         return _plan_one_token(server_P, expert_P, weight_P, pairs_P)
     order_P = stable_order(server_P)

@@ -151,6 +151,7 @@ class Exchange:
             excluded_S=self._excluded_mask(),
             capacity=self._decision.capacity,
             prefer_pairs=self._context.transport.message_worth(),
+            speed_S=self._context.transport.speeds(server.server_id for server in table.servers),
         )
         max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._x_TL))
         for dispatch in plan.dispatches:

@@ -3,7 +3,9 @@
 A small group of pairs of one expert goes whole to one copy: the planner's shares are the odds of a draw, and the less
 loaded of two drawn copies wins (power of two choices, Mitzenmacher 2001). A server that gets a message of this batch
 anyway is preferred while its load allows: fewer messages, and a token's row travels there only once. A large group is
-split so that load over share evens out on its copies (water-filling).
+split by the shares, unless that leaves one of its servers clearly more to do than the others, for its speed: then so
+that what they have to do evens out (water-filling). What they have to do is what is in flight, what was placed before,
+and what the shares want of the large groups to come.
 
 Shapes: P pairs to place, E experts, C most copies of one expert, S servers.
 """
@@ -20,6 +22,7 @@ from router.table import LayerPlacement
 SPLIT_TOKENS = 32  # larger groups of one expert are split; smaller ones gain nothing from a GEMM of fewer rows
 PREFER_LOAD = 1.25  # a server contacted anyway may carry this much more load than the draw's winner ...
 PREFER_PAIRS = 32  # ... plus at most this many pairs
+UNEVEN = 1.1  # a server with this many times the even load has clearly more to do
 _FEW_PAIRS = 64  # up to here plain Python is faster than numpy
 
 
@@ -30,6 +33,7 @@ def choose_copies(
     load_S: npt.NDArray[np.float64],
     capacity: int | None = None,
     prefer_pairs: float = PREFER_PAIRS,
+    speed_S: npt.NDArray[np.float64] | None = None,
     rng: np.random.Generator,
 ) -> npt.NDArray[np.int32]:
     """Choose a server for every pair.
@@ -40,6 +44,7 @@ def choose_copies(
         load_S: routed pairs in flight per server; not changed.
         capacity: most pairs per copy, None for no limit.
         prefer_pairs: how many pairs a message is worth; fewer where servers are slow.
+        speed_S: speeds of the servers, relative to each other; None: all alike.
         rng: draws.
 
     Returns:
@@ -47,7 +52,7 @@ def choose_copies(
     """
     if placement.server_EC.shape[1] == 1 and capacity is None:
         return placement.server_EC[:, 0][expert_P]
-    chooser = _Chooser(placement, load_S, capacity, prefer_pairs, rng)
+    chooser = _Chooser(placement, load_S, capacity, prefer_pairs, speed_S, rng)
     if len(expert_P) <= _FEW_PAIRS:
         return _choose_few(expert_P.tolist(), chooser)
     server_P = placement.server_EC[:, 0][expert_P]
@@ -95,7 +100,7 @@ def _choose_few(experts: list[int], chooser: "_Chooser") -> npt.NDArray[np.int32
 class _Chooser:
     """Places one group after another, and keeps the loads and the contacted servers up to date meanwhile."""
 
-    __slots__ = ("_capacity", "_contacted", "_loads", "_placement", "_prefer_pairs", "_rng")
+    __slots__ = ("_capacity", "_contacted", "_loads", "_placement", "_prefer_pairs", "_rng", "_speeds")
 
     def __init__(
         self,
@@ -103,12 +108,14 @@ class _Chooser:
         load_S: npt.NDArray[np.float64],
         capacity: int | None,
         prefer_pairs: float,
+        speed_S: npt.NDArray[np.float64] | None,
         rng: np.random.Generator,
     ) -> None:
         self._placement = placement
         self._loads: list[float] = load_S.tolist()
         self._capacity = capacity
         self._prefer_pairs = prefer_pairs
+        self._speeds: list[float] = [1.0] * len(self._loads) if speed_S is None else speed_S.tolist()
         self._rng = rng
         self._contacted: set[int] = set()
 
@@ -121,18 +128,19 @@ class _Chooser:
         """The experts of groups (expert, size), in the order to place them: no choice, small by falling size, large.
 
         Large ones are divisible, so they even out what the others leave. They will reach most of their servers,
-        which therefore count as contacted from the start.
+        which therefore count as contacted, and as loaded with what the shares want, from the start.
         """
         fixed: list[int] = []
         small: list[tuple[int, int]] = []
         large: list[int] = []
         for expert, size in groups:
-            servers, _ = self._placement.copies(expert)
+            servers, shares = self._placement.copies(expert)
             if len(servers) <= 1:
                 fixed.append(expert)
             elif self._splits(size):
                 large.append(expert)
                 self._contacted.update(servers)
+                self._expect(servers, shares, size)
             else:
                 small.append((-size, expert))
         small.sort()
@@ -144,6 +152,7 @@ class _Chooser:
         if len(servers) > 1 and not self._splits(size):
             runs = [(self._pick(servers, shares), size)]
         elif len(servers) > 1:
+            self._expect(servers, shares, -size)
             runs = self._split(servers, shares, size)
         else:
             room = size if self._capacity is None else min(size, self._capacity)
@@ -174,35 +183,54 @@ class _Chooser:
         index = bisect_right(bounds, self._rng.random() * bounds[-1])
         return servers[min(index, len(servers) - 1)]  # the product may round up to the last bound
 
+    def _expect(self, servers: list[int], shares: list[float], size: int) -> None:
+        """What the shares want of a large group, until it is placed (then with a negative size)."""
+        total = sum(shares)
+        for server, share in zip(servers, shares, strict=True):
+            self._loads[server] += size * share / total
+
     def _split(self, servers: list[int], shares: list[float], size: int) -> list[tuple[int, int]]:
         # Every split expert offers its runs in the same order of servers: a token whose experts are all split then
         # tends to meet the same server, and its row travels once.
         copies = sorted(zip(servers, shares, strict=True))
-        loads = [self._loads[server] for server, _ in copies]
-        counts = fill(size, loads, [share for _, share in copies], limit=self._capacity)
+        speeds = [self._speeds[server] for server, _ in copies]
+        loads = [max(self._loads[server], 0.0) for server, _ in copies]
+        total = sum(share for _, share in copies)
+        wanted = [size * share / total for _, share in copies]
+        most = size if self._capacity is None else self._capacity
+        level = UNEVEN * (size + sum(loads)) / sum(speeds)
+        if all(
+            want <= most and want + load <= level * speed
+            for want, load, speed in zip(wanted, loads, speeds, strict=True)
+        ):
+            counts = _whole(wanted, size, most)
+        else:
+            idle = min(load / speed for load, speed in zip(loads, speeds, strict=True))
+            busier = [load - idle * speed for load, speed in zip(loads, speeds, strict=True)]
+            counts = fill(size, busier, speeds, limit=self._capacity)
         return [(server, count) for (server, _), count in zip(copies, counts, strict=True) if count]
 
 
-def fill(size: int, loads: Sequence[float], shares: Sequence[float], *, limit: int | None) -> list[int]:
-    """Split `size` pairs over copies so that (load + pairs) / share evens out: water-filling, in whole pairs.
+def fill(size: int, loads: Sequence[float], speeds: Sequence[float], *, limit: int | None) -> list[int]:
+    """Split `size` pairs over copies so that (load + pairs) / speed evens out: water-filling, in whole pairs.
 
     Args:
         size: pairs to split.
         loads: load each copy's server has already; only what exceeds the least loaded one counts.
-        shares: > 0, what the planner wants each copy to take, relative to the others.
+        speeds: > 0, of the copies' servers, relative to each other.
         limit: most pairs per copy, None for no limit. The counts sum to less than `size` only if all reach it.
     """
     most = size if limit is None else limit
-    if most * len(shares) <= size:
-        return [most] * len(shares)
+    if most * len(speeds) <= size:
+        return [most] * len(speeds)
     lowest = min(loads)
     excess = [load - lowest for load in loads]
-    amounts = [0.0] * len(shares)
-    left, rising = float(size), list(range(len(shares)))
+    amounts = [0.0] * len(speeds)
+    left, rising = float(size), list(range(len(speeds)))
     while rising:
-        level = _level(left, [(excess[i], shares[i]) for i in rising])
+        level = _level(left, [(excess[i], speeds[i]) for i in rising])
         for i in rising:
-            amounts[i] = max(0.0, level * shares[i] - excess[i])
+            amounts[i] = max(0.0, level * speeds[i] - excess[i])
         full = [i for i in rising if amounts[i] > most]
         if not full:
             break
@@ -214,14 +242,14 @@ def fill(size: int, loads: Sequence[float], shares: Sequence[float], *, limit: i
 
 
 def _level(amount: float, copies: list[tuple[float, float]]) -> float:
-    """The level up to which copies (load, share) fill with `amount`: sum of max(0, level * share - load) = amount."""
-    load_sum = share_sum = level = 0.0
-    for load, share in sorted(copies, key=_full_at):
-        if share_sum and load >= level * share:
+    """The level up to which copies (load, speed) fill with `amount`: sum of max(0, level * speed - load) = amount."""
+    load_sum = speed_sum = level = 0.0
+    for load, speed in sorted(copies, key=_full_at):
+        if speed_sum and load >= level * speed:
             break
         load_sum += load
-        share_sum += share
-        level = (amount + load_sum) / share_sum
+        speed_sum += speed
+        level = (amount + load_sum) / speed_sum
     return level
 
 

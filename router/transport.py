@@ -300,6 +300,10 @@ class Transport:
         pace = min((link.pace for link in self.links.values()), default=math.inf)
         return min(PREFER_PAIRS, MESSAGE_WORTH_S * pace)
 
+    def speeds(self, server_ids: Iterable[str]) -> npt.NDArray[np.float64] | None:
+        """Relative speeds of servers from their paces; None: all alike."""
+        return relative_speeds(np.array([self.links[server_id].pace for server_id in server_ids]))
+
     async def close(self) -> None:
         """Close every link at once; open calls fail."""
         self._watch.cancel()
@@ -343,3 +347,16 @@ def _describe(err: BaseException) -> str:
     if isinstance(err, grpc.aio.AioRpcError):
         return f"{err.code().name}: {err.details()}"
     return f"{type(err).__name__}: {err}"
+
+
+def relative_speeds(pace_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+    """Paces (infinite: not known yet) in steps of two around their median, so that equal servers count as equal.
+
+    None if all do.
+    """
+    known_S = np.isfinite(pace_S)
+    if not known_S.any():
+        return None
+    ratio_S = np.where(known_S, pace_S, 1.0) / np.median(pace_S[known_S])
+    step_S = np.where(known_S, np.round(np.log2(ratio_S)), 0.0)
+    return np.asarray(2.0**step_S) if step_S.any() else None

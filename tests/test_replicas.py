@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from router.replicas import SPLIT_TOKENS, choose_copies, fill, stable_order
 from router.table import CopyShare, LayerPlacement, PlacementTable, ServerAddress
+from router.transport import relative_speeds
 from tests.strategies import generators, placements, tables
 
 NUM_EXPERTS = 6
@@ -132,6 +133,39 @@ def test_a_large_group_evens_out_what_other_experts_and_earlier_batches_put_on_i
     server_P = choose_copies(expert_P, placement, load_S=load_S, rng=np.random.default_rng(0))
     total_S = load_S + np.bincount(server_P, minlength=3)
     assert total_S.max() - total_S.min() <= 1
+
+
+def test_a_plan_that_is_even_over_all_experts_is_followed_however_uneven_its_shares() -> None:
+    # Server 0 has 120 pairs of others, server 1 has 20: the shares of expert 2 make up for it.
+    placement = layer({0: {0: 1.0}, 1: {1: 1.0}, 2: {0: 0.1, 1: 0.9}}, num_servers=2)
+    expert_P = experts((0, 120), (1, 20), (2, 125))
+    server_P = choose_copies(expert_P, placement, load_S=np.zeros(2), rng=np.random.default_rng(0))
+    assert abs(int((server_P == 0).sum()) - int((server_P == 1).sum())) <= 4
+
+
+def test_large_groups_leave_room_for_each_other_as_the_plan_has_it() -> None:
+    placement = layer({0: {0: 0.9, 1: 0.1}, 1: {1: 0.9, 2: 0.1}, 2: {2: 0.9, 0: 0.1}}, num_servers=3)
+    expert_P = experts((0, 200), (1, 200), (2, 200))
+    server_P = choose_copies(expert_P, placement, load_S=np.zeros(3), rng=np.random.default_rng(0))
+    for expert in range(3):
+        assert int(((expert_P == expert) & (server_P == expert)).sum()) == 180
+
+
+def test_faster_servers_take_more_of_what_is_too_much() -> None:
+    placement = layer({0: {0: 0.5, 1: 0.5}}, num_servers=2)
+    speed_S = np.array([1.0, 4.0])
+    server_P = choose_copies(
+        experts((0, 500)), placement, load_S=np.zeros(2), speed_S=speed_S, rng=np.random.default_rng(0)
+    )
+    assert np.bincount(server_P).tolist() == [100, 400]
+
+
+def test_paces_become_speeds_only_where_they_clearly_differ() -> None:
+    assert relative_speeds(np.array([np.inf, np.inf])) is None
+    assert relative_speeds(np.array([900.0, 1000.0, 1200.0, np.inf])) is None
+    found = relative_speeds(np.array([500.0, 510.0, 2100.0, np.inf]))
+    assert found is not None
+    assert found.tolist() == [1.0, 1.0, 4.0, 1.0]
 
 
 def test_a_large_group_is_cut_into_runs_in_token_order() -> None:
