@@ -140,18 +140,17 @@ class Exchange:
             return
         self._table = table = self._context.snapshot.current  # always the newest: only calls in flight hold an epoch
         links = self._context.transport.links
-        in_flight = [links[server.server_id].tokens_in_flight for server in table.servers]  # made before the table
         plan = plan_dispatch(
             self._decision.expert_TK,
             self._weight_TK,
             table.layer(self._batch.layer),
-            load_S=np.array(in_flight, dtype=np.float64),
+            load_S=self._context.transport.loads(table.servers),
             rng=self._context.rng,
             pairs_P=pairs_P,
             excluded_S=self._excluded_mask(),
             capacity=self._decision.capacity,
             prefer_pairs=self._context.transport.message_worth(),
-            speed_S=self._context.transport.speeds(server.server_id for server in table.servers),
+            speed_S=self._context.transport.speeds(table.servers),
         )
         max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._x_TL))
         for dispatch in plan.dispatches:

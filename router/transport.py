@@ -300,9 +300,13 @@ class Transport:
         pace = min((link.pace for link in self.links.values()), default=math.inf)
         return min(PREFER_PAIRS, MESSAGE_WORTH_S * pace)
 
-    def speeds(self, server_ids: Iterable[str]) -> npt.NDArray[np.float64] | None:
-        """Relative speeds of servers from their paces; None: all alike."""
-        return relative_speeds(np.array([self.links[server_id].pace for server_id in server_ids]))
+    def loads(self, servers: Iterable[ServerAddress]) -> npt.NDArray[np.float64]:
+        """Routed pairs in flight at the servers of a table; links are made before it is used."""
+        return np.array([self.links[server.server_id].tokens_in_flight for server in servers], dtype=np.float64)
+
+    def speeds(self, servers: Iterable[ServerAddress]) -> npt.NDArray[np.float64] | None:
+        """Relative speeds of the servers of a table, from their paces; None: all alike."""
+        return relative_speeds(np.array([self.links[server.server_id].pace for server in servers]))
 
     async def close(self) -> None:
         """Close every link at once; open calls fail."""
