@@ -207,7 +207,7 @@ async def test_servers_that_refuse_are_waited_for_and_nothing_is_lost(model: Pat
 @pytest.mark.parametrize("renormalize", [False, True])
 async def test_pairs_refused_by_servers_are_rerouted_or_dropped_exactly(model: Path, renormalize: bool) -> None:
     policy = OverflowConfig(chain=("copy", "next_expert", "drop"), renormalize=renormalize)
-    experts = ExpertServerConfig(max_queue_tokens=60, emulated_tokens_per_s=2000)
+    experts = ExpertServerConfig(max_queue_tokens=60, emulated_tokens_per_s=300)  # still full when others are tried
     with mesh(model, 2, router=RouterConfig(overflow=policy, chunk_bytes=2048), experts=experts) as built:
         layer = built.spec.layers[0]
         local = LocalLayer(built.spec, layer)
