@@ -155,7 +155,7 @@ class _Layer:
         before, reached = states[0].top, states[-1].top
         short = 0
         if reached * inputs.rebalance_below > self._even and draft.moves_left:
-            short = self._denied()
+            short = max(self._denied(), self._lacking())
         near = self._level + _NEAR * self._even
         if reached > max(near, self._even / inputs.goal):
             least_gain = 0.0 if new else (inputs.goal - inputs.rebalance_below) / 2
@@ -185,16 +185,23 @@ class _Layer:
 
     def _denied(self) -> int:
         """How many loads more it would take if bytes were no matter. Changes nothing."""
-        draft, state, level = self._draft, self._state(), self._level
-        self._bytes_bind, self._level = False, min(self._level, self._even / self._draft.inputs.goal)
+        draft, state = self._draft, self._state()
+        self._bytes_bind = False
         for _ in range(draft.num_servers + draft.num_experts):
             if not self._relieve_top():
                 break
-        self._bytes_bind, self._level = True, level
+        self._bytes_bind = True
         short = sum(draft.free_S[server] < 0 for _, _, server in self._loads[state.num_loads :])
         draft.undo(state.mark)
         del self._loads[state.num_loads :], self._evicted[state.num_evicted :]
         return int(short)
+
+    def _lacking(self) -> int:
+        """How many copies more it would take so that no copy is more than an average server's load at the goal."""
+        draft = self._draft
+        most = float(draft.speed_S.mean()) * self._even / draft.inputs.goal
+        need_E = np.minimum(np.ceil(draft.weight_LE[self._row] / most - _TOLERANCE), draft.most)
+        return int(np.maximum(need_E - draft.count_LE[self._row], 0).sum())
 
     def _relieve_top(self) -> bool:
         """Take load off the most loaded server: down to the level, or else some way towards it."""
