@@ -18,15 +18,11 @@ counts; absolute times on a shared two-core machine move by a factor of two.
 
 import argparse
 import asyncio
-import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +32,8 @@ import torch
 import uvloop
 from torch import Tensor
 
-from benchmarks.processes import ROOT, ComputeOnly, Echo, child, make_model
+from benchmarks.document import publish
+from benchmarks.processes import ComputeOnly, Echo, child, make_model
 from protos import common_pb2, expert_pb2
 from protos.checkpoint import Checkpoint, read_model
 from protos.codec import encode, tensor_bytes
@@ -243,11 +240,6 @@ def summary(
         | {f"{size} compute alone": round(value) for size, value in alone.items()},
         "memory_mb": {name: round(value) for name, value in memory.items()},
         "shape": {"D": DIM, "F": HIDDEN_DIM, "E": NUM_EXPERTS, "K": TOP_K, "dtype": "float32"},
-        "versions": {name: version(name) for name in ("grpcio", "protobuf", "ray", "torch", "numpy")},
-        "machine": {"python": platform.python_version(), "cores": psutil.cpu_count(), "cpu": platform.machine()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-        ).stdout.strip(),
     }
 
 
@@ -258,10 +250,7 @@ def main() -> None:
     parser.add_argument("--no-ray", action="store_true", help="leave out the Ray arms")
     args = parser.parse_args()
     result = uvloop.run(run(args.rounds, with_ray=not args.no_ray))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, packages=("grpcio", "protobuf", "ray", "torch", "numpy"), out=args.out)
 
 
 if __name__ == "__main__":

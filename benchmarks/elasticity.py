@@ -9,54 +9,54 @@ rate. It gets an open-loop load, and requests are judged by when they were due. 
     load     60 % of what the servers can compute, zipf(1.2) over 32 experts of one layer, top-2
     inside   p99 is: of the requests due in the next 6 s, at least 99 % were answered within the SLO
 
-    a  goodput while the hot spot moves, beside uniform load and static placements (max_moves: 0) of one copy of every
-       expert and of as many as there is memory for; with the number of servers free also beside Serve's stock
-       queue-length policy with its own delays and with ours
+    a  goodput while the hot spot moves, with memory for 3 and for 1.25 copies of every expert, beside uniform load and
+       static placements (max_moves: 0) of one copy of every expert and of 3; with the number of servers free also
+       beside Serve's stock queue-length policy with its own delays and with ours
     b  seconds from a hot spot's onset until the cluster is inside the SLO for good, where copies suffice and where
        servers must start
-    c  30 re-placements under 30 % load: failed requests, wrong answers, p99 of the requests that were open meanwhile
-       over p99 before
+    c  30 re-placements of larger copies under 30 % load: failed requests, wrong answers, p99 of the requests that were
+       open meanwhile over p99 before
     d  two short days: server-seconds over those of clairvoyants that aim for the same busy share and for the highest
        that keeps the SLO, longest time outside the SLO
 """
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks import elasticity_parts as parts
+from benchmarks.document import publish
 from benchmarks.elasticity_parts import SHORT, Facts, Lengths, Story
 from benchmarks.elasticity_slo import INSIDE_SHARE, INSIDE_WINDOW_S
 from benchmarks.elasticity_stage import (
+    BUDGET_COPIES,
     EMULATED_PAIRS_PER_S,
     MODEL,
     SKEW,
     TOKENS_PER_REQUEST,
     make_config,
     perform,
-    unwinding,
 )
 from benchmarks.elasticity_stock import stock_autoscaling
-from benchmarks.processes import ROOT, make_model
+from benchmarks.processes import make_model
 from cluster.config import ClusterConfig
+from cluster.console import interruptible
 
 SERVERS = 4  # of the parts whose number of servers is fixed
 LEAST, MOST = 2, 5  # of the others
 SLO_FACTOR = 4.0
 STATIC_COPIES = 3  # fill the servers' memory, as the copies of a placement that follows the load may
+SCARCE_COPIES = 10  # of one server: 1.25 copies of every expert in all of them
+LARGE_HIDDEN_DIM = 2048  # of part c, whose copies take a while to load: 1.5 MiB
 LOAD = 0.6  # of what SERVERS can compute
 DOWNSCALE_DELAY_S = 5.0
 TIGHT = {"target_busy": 0.75, "upscale_busy": 0.75, "downscale_delay_s": 5.0}  # of part d: few servers
@@ -64,12 +64,12 @@ PARTS = "abcd"
 
 
 class Run:
-    """One run: the model, the SLO once it is known, and the story of every arm on a cluster of its own."""
+    """One run: its models, the SLO once it is known, and the story of every arm on a cluster of its own."""
 
-    def __init__(self, model: Path, lengths: Lengths) -> None:
+    def __init__(self, folder: Path, lengths: Lengths) -> None:
         self.lengths = lengths
         self.slo_s = 0.0
-        self._model = model
+        self._folder = folder
 
     def arm(
         self,
@@ -78,13 +78,16 @@ class Run:
         *,
         servers: tuple[int, int] = (SERVERS, SERVERS),
         pattern: str = SKEW,
+        budget_copies: int = BUDGET_COPIES,
+        hidden_dim: int = MODEL["hidden_dim"],
         deployed: Callable[[ClusterConfig], AbstractContextManager[None]] = lambda config: nullcontext(),
         **sections: Mapping[str, Any],
     ) -> Facts:
         """Tell a story on a cluster of its own; `deployed` is around its deployment and life."""
         say(name)
         sections = {"scaling": {"downscale_delay_s": DOWNSCALE_DELAY_S}} | sections
-        config = make_config(self._model, least=servers[0], most=servers[1], **sections)
+        model = make_model(self._folder / f"model-{hidden_dim}", **MODEL | {"hidden_dim": hidden_dim})
+        config = make_config(model, least=servers[0], most=servers[1], budget_copies=budget_copies, **sections)
         with deployed(config):
             told, account = perform(config, pattern, 1, story)
         found = told | {"account": account}
@@ -118,6 +121,9 @@ class Run:
         arms: dict[str, Callable[[], Facts]] = {
             "uniform": partial(self.arm, "a uniform load", story, pattern="uniform"),
             "ours": partial(self.arm, "a moving hot spot", story),
+            "ours_scarce": partial(
+                self.arm, "a moving hot spot, memory for 1.25 copies", story, budget_copies=SCARCE_COPIES
+            ),
             "static": partial(self.arm, "a static placement", story, placement={"max_moves": 0}),
             "static_copies": partial(
                 self.arm,
@@ -171,7 +177,7 @@ class Run:
 
     def part_c(self) -> Facts:
         story = partial(parts.replacements, lengths=self.lengths, pairs_per_s=0.3 * SERVERS * EMULATED_PAIRS_PER_S)
-        found = self.arm("c re-placements", story)
+        found = self.arm("c re-placements", story, hidden_dim=LARGE_HIDDEN_DIM)
         account = found["account"]
         return found | {
             "targets": {
@@ -210,8 +216,8 @@ def _stock(config: ClusterConfig, **timing: Any) -> AbstractContextManager[None]
 def run(only: str, lengths: Lengths) -> Facts:
     """The chosen parts; nothing that was started is left afterwards, whatever happens."""
     torch.set_num_threads(1)  # the cores belong to the cluster
-    with tempfile.TemporaryDirectory() as folder, unwinding():
-        stage = Run(make_model(Path(folder) / "model", **MODEL), lengths)
+    with tempfile.TemporaryDirectory() as folder, interruptible():
+        stage = Run(Path(folder), lengths)
         found: Facts = {"unloaded": stage.calibrate(), "slo_s": stage.slo_s}
         for part in only:
             found[part] = getattr(stage, f"part_{part}")()
@@ -234,7 +240,6 @@ def main() -> None:
     lengths = SHORT if args.short else Lengths()
     found = run(only, lengths)
     document = {
-        "command": " ".join(["python -m benchmarks.elasticity", *sys.argv[1:]]),
         "settings": {
             "model": MODEL,
             "emulated_pairs_per_s": EMULATED_PAIRS_PER_S,
@@ -243,20 +248,14 @@ def main() -> None:
             "load": LOAD,
             "servers": SERVERS,
             "servers_free": [LEAST, MOST],
+            "copies_per_server": {"usual": BUDGET_COPIES, "scarce": SCARCE_COPIES},
+            "hidden_dim_of_c": LARGE_HIDDEN_DIM,
             "slo": {"factor": SLO_FACTOR, "inside_share": INSIDE_SHARE, "inside_window_s": INSIDE_WINDOW_S},
             "lengths": asdict(lengths),
         },
         **found,
-        "versions": {name: version(name) for name in ("grpcio", "ray", "torch", "numpy")},
-        "machine": {"python": platform.python_version(), "cores": psutil.cpu_count(), "cpu": platform.machine()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-        ).stdout.strip(),
     }
-    text = json.dumps(document, indent=1, default=str)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(document, packages=("grpcio", "ray", "torch", "numpy"), out=args.out)
 
 
 if __name__ == "__main__":

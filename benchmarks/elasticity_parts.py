@@ -33,7 +33,7 @@ class Lengths:
     """How long everything takes, in seconds, and how often. The defaults are those of the published results."""
 
     unloaded_s: float = 8.0
-    warm_up_s: float = 12.0
+    warm_up_s: float = 20.0
     move_every_s: float = 15.0
     moves: int = 5  # of the hot spot, in each arm of part a
     onsets_copy: int = 11
@@ -90,6 +90,7 @@ async def moving_hot_spot(stage: Stage, lengths: Lengths, *, pairs_per_s: float,
         "offered_pairs_per_s": pairs_per_s,
         "goodput": goodput(found, slo_s),
         "outside_slo_s": sum(end - begin for begin, end in spans),
+        "copies_mean": _copies_mean(stage, began_s, ended_s),
         "servers_mean": server_seconds(stage.seen.servers, begin_s=began_s, end_s=ended_s) / (ended_s - began_s),
         "plans": len(stage.seen.events_between(began_s, ended_s, "plan")),
     }
@@ -226,6 +227,12 @@ def latencies(found: Sequence[Outcome]) -> Facts:
         "failed": sum(math.isinf(o.took_s) for o in found),
         **{f"p{percent}_s": percentile_s(found, percent) for percent in (50, 90, 99)},
     }
+
+
+def _copies_mean(stage: Stage, begin_s: float, end_s: float) -> float | None:
+    """Copies that all servers held, on average over the looks; None if the cluster was never seen."""
+    held = [copies for at_s, copies in stage.seen.copies if begin_s <= at_s < end_s]
+    return statistics.mean(held) if held else None
 
 
 def _overlaps(outcome: Outcome, spans: Sequence[tuple[float, float]]) -> bool:

@@ -9,12 +9,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import psutil
@@ -26,6 +25,7 @@ from cluster import app
 from cluster.bring_up import bring_up
 from cluster.checking import Checker
 from cluster.config import ClusterConfig, parse_config
+from cluster.console import interruptible
 from cluster.loadgen import LoadGenerator
 from cluster.local import LocalRay, NodeScaling, connect, start_ray
 from cluster.patterns import parse_pattern
@@ -54,9 +54,16 @@ READY_TIMEOUT_S = 120.0
 Told = TypeVar("Told")
 
 
-def make_config(model: Path, *, least: int, most: int, **sections: Mapping[str, Any]) -> ClusterConfig:
-    """The cluster of one arm: `least` to `most` servers, one per node; `sections` adds to placement and scaling."""
+def make_config(
+    model: Path, *, least: int, most: int, budget_copies: int = BUDGET_COPIES, **sections: Mapping[str, Any]
+) -> ClusterConfig:
+    """The cluster of one arm: `least` to `most` servers, one per node, each with memory for `budget_copies`; `sections`
+    adds to placement and scaling.
+
+    The first plan waits for all `least` servers: a placement that stays as it is must know every one of them.
+    """
     spec = read_model(model)
+    placement = {"settle_s": READY_TIMEOUT_S, **sections.get("placement", {})}
     return parse_config(
         {
             "model": str(model),
@@ -71,12 +78,13 @@ def make_config(model: Path, *, least: int, most: int, **sections: Mapping[str, 
                 "drain_timeout_s": 10,
                 "settings": {
                     "device": "cpu",
-                    "budget_bytes": BUDGET_COPIES * spec.expert_params * 4,
+                    "budget_bytes": budget_copies * spec.expert_params * 4,
                     "compute_threads": 1,
                     "emulated_tokens_per_s": EMULATED_PAIRS_PER_S,
                 },
             },
             **sections,
+            "placement": placement,
         }
     )
 
@@ -88,6 +96,7 @@ class Seen:
     outcomes: list[Outcome] = field(default_factory=list)  # in order of answers until `settle`
     servers: list[tuple[float, int]] = field(default_factory=list)  # replicas Serve runs, starts or stops
     busy: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)  # busy shares of the serving ones
+    copies: list[tuple[float, int]] = field(default_factory=list)  # held by all servers
     events: list[dict[str, Any]] = field(default_factory=list)  # of the placement, at_s on the loop's clock
 
     def settle(self) -> None:
@@ -182,26 +191,12 @@ def perform(
         stack.callback(_uninterrupted, local.stop)
         connect(local.address)
         stack.callback(_uninterrupted, ray.shutdown)
-        stack.enter_context(unwinding())  # connecting has put another handler in place, which aborts
+        stack.enter_context(interruptible())  # connecting has put another handler in place, which aborts
         _wait_until_calm(local, idle_workers=most)
         found = bring_up(config, timeout_s=READY_TIMEOUT_S)
         stack.callback(_uninterrupted, serve.shutdown)
         _wait_until_calm(local, idle_workers=most)
         return asyncio.run(_perform(local, config, found["router"]["grpc"], pattern, seed, story))
-
-
-@contextmanager
-def unwinding() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that everything started is ended; the handler is put back afterwards."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _uninterrupted(clean_up: Callable[[], Any]) -> None:
@@ -276,6 +271,7 @@ async def _watch(name: str, local: LocalRay, seen: Seen) -> None:
             now_s = loop.time()
             serving = [server for server in found["servers"] if server["state"] == "serving"]
             seen.busy.append((now_s, tuple(server["busy"] for server in serving)))
+            seen.copies.append((now_s, sum(server["copies"] for server in found["servers"])))
             to_loop_s = now_s - time.time()
             for event in found["events"]:
                 if (event["at_s"], event["detail"]) not in known:

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,16 +27,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import numpy as np
-import psutil
 import torch
 import uvloop
 
+from benchmarks.document import publish
 from benchmarks.processes import ROOT, child, make_model
 from experts.config import ExpertServerConfig
 from experts.service import ExpertServer
@@ -190,14 +188,7 @@ async def run(arms: Sequence[str], rounds: int, window_s: float, rate: float, we
         copy_bytes = tested[1]["copy_bytes"]
     return {
         "arms": {arm: summary(arm, took_s, loaded[arm], copy_bytes) for arm in arms},
-        "command": f"python -m benchmarks.loading_p99 --rounds {rounds} --window-s {window_s:g} --rate {rate:g}"
-        f" --weight-dtype {weight_dtype}",
         "shape": {"D": DIM, "F": HIDDEN_DIM, "rows": ROWS, "K": TOP_K, "copy_bytes": copy_bytes},
-        "versions": {name: version(name) for name in ("grpcio", "torch", "numpy")},
-        "machine": {"python": platform.python_version(), "cores": psutil.cpu_count(), "cpu": platform.machine()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-        ).stdout.strip(),
     }
 
 
@@ -240,10 +231,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result = uvloop.run(run(("quiet", *args.arms), args.rounds, args.window_s, args.rate, args.weight_dtype))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, packages=("grpcio", "torch", "numpy"), out=args.out)
 
 
 if __name__ == "__main__":

@@ -16,22 +16,18 @@ process, medians; a plan that takes longer than the limit is reported as such an
 
 import argparse
 import gc
-import json
-import platform
 import signal
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
-import psutil
 
 from benchmarks import load_matrices
+from benchmarks.document import publish
 from benchmarks.load_matrices import Load
 from benchmarks.placements import (
     Row,
@@ -226,22 +222,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=30)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     args = parser.parse_args()
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    result = run(args.seeds, args.repeats, args.limit_s) | {
-        "command": f"python -m benchmarks.planner --seeds {args.seeds} --repeats {args.repeats} "
-        f"--limit-s {args.limit_s:g}",
-        "versions": {"numpy": version("numpy")},
-        "machine": {
-            "python": platform.python_version(),
-            "cores": psutil.cpu_count(),
-            "cpu": platform.machine(),
-        },
-        "commit": git.stdout.strip(),
-    }
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    publish(run(args.seeds, args.repeats, args.limit_s), packages=("numpy",), out=args.out)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,16 @@ reality  three scenarios on a real cluster (Ray, servers paced to a slow device'
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.document import publish
 from benchmarks.elasticity_slo import simulated_outcomes, violations
 from benchmarks.load_matrices import deepseek_v3_like
-from benchmarks.processes import ROOT
 from cluster.config import ClusterConfig, parse_config
 from cluster.patterns import parse_pattern
 from cluster.sim_control import Foresight
@@ -233,7 +226,7 @@ def main() -> None:
     only = args.only.split(",")
     if unknown := set(only) - set(PARTS):
         parser.error(f"--only names {', '.join(sorted(unknown))}, there are {', '.join(PARTS)}")
-    found: Facts = {}
+    found: Facts = {"machine_of_the_day": asdict(machine())} if "day" in only else {}
     if "day" in only:
         found["day"] = day(period_s=60.0, seeds=(0,)) if args.short else day(period_s=600.0, seeds=(0, 1))
     if "large" in only:
@@ -242,20 +235,7 @@ def main() -> None:
         from benchmarks.simulator_reality import reality
 
         found["reality"] = reality(seconds=8.0 if args.short else 40.0)
-    document = {
-        "command": " ".join(["python -m benchmarks.simulator", *sys.argv[1:]]),
-        "machine_of_the_day": asdict(machine()),
-        **found,
-        "versions": {name: version(name) for name in ("grpcio", "ray", "torch", "numpy")},
-        "machine": {"python": platform.python_version(), "cores": psutil.cpu_count(), "cpu": platform.machine()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-        ).stdout.strip(),
-    }
-    text = json.dumps(document, indent=1, default=float)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(found, packages=("grpcio", "ray", "torch", "numpy"), out=args.out)
 
 
 if __name__ == "__main__":

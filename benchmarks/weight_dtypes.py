@@ -20,19 +20,17 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.document import publish
 from experts.packed import GROUP_SIZE, Matrix, PackedMatrix, WeightDtype, linear, pack, packed_bytes
 
 SHAPES = {"gate+up 2x1408x2048": (2816, 2048), "down 2048x1408": (2048, 1408), "gate+up 2x384x2048": (768, 2048)}
@@ -202,21 +200,10 @@ def run(rounds: int, threads: int) -> dict[str, Any]:
         result["rows"][name] = times(shape, LARGE_ROWS, BASELINES | OURS, max(3, rounds // 3))
     capabilities = torch.cpu.get_capabilities()
     return result | {
-        "command": f"python -m benchmarks.weight_dtypes --rounds {rounds} --threads {threads}",
-        "versions": {name: version(name) for name in ("torch", "numpy")},
         "machine": {
-            "python": platform.python_version(),
-            "cores": psutil.cpu_count(),
             "cpu": f"{capabilities.get('cpu_name', platform.machine())}, {torch.backends.cpu.get_cpu_capability()}",
             **{name: bool(capabilities.get(name)) for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni")},
         },
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            check=False,
-        ).stdout.strip(),
     }
 
 
@@ -226,9 +213,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "weight_dtypes.json")
     args = parser.parse_args()
-    result = run(args.rounds, args.threads)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {args.out}")
+    publish(run(args.rounds, args.threads), packages=("torch", "numpy"), out=args.out)
 
 
 if __name__ == "__main__":

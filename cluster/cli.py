@@ -7,10 +7,7 @@ place that reads the environment.
 import asyncio
 import logging
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,7 +17,7 @@ from cluster.cli_load import load
 from cluster.cli_options import Json, Model, Router, StateDir, check_address, read_named_model
 from cluster.cli_plan import plan
 from cluster.cli_simulate import simulate
-from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, note, output
+from cluster.console import BAD_INPUT, FAILED, INTERRUPTED, CommandError, bad_input, die, interruptible, note, output
 from cluster.status_view import status_lines
 
 if TYPE_CHECKING:
@@ -152,7 +149,7 @@ def up(
     state_dir: StateDir = None,
 ) -> None:
     """Deploy a cluster, wait until it is ready, print its status; Ctrl-C or `expertmesh down` stops it."""
-    with output(as_json=as_json) as out, _interruptible():
+    with output(as_json=as_json) as out, interruptible():
         from cluster import run_cluster
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -204,7 +201,7 @@ def demo(
     ),
 ) -> None:
     """Run a small real model under skewed load on this machine: scale up, kill a server, scale down; 1-3 minutes."""
-    with _interruptible():
+    with interruptible():
         from rich.console import Console
 
         from cluster.demo_settings import Settings
@@ -259,20 +256,6 @@ def _weight_dtype(given: str | None) -> "WeightDtype | None":
 def _state_dir(given: Path | None) -> Path:
     """A directory of this user's, as the XDG base directory specification has it."""
     return given or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "expertmesh"
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does: with everything it started stopped."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ anything else that fails is one line and status 1.
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,3 +73,17 @@ def output(*, as_json: bool) -> Iterator[Output]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends what is within as Ctrl-C does: with everything it started stopped."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,8 @@
 
 What is exact: which requests merge (as `router.merging` does it), capacity and overflow (`router.capacity`), copies
 (`router.replicas` through `router.dispatch`), moves after an error (`router.retry`), epochs in use (`router.snapshot`).
-What is modelled: the router's one thread, which takes `batch_s` for a batch and `message_s` for a message.
+What is modelled: the router's one thread, which takes `batch_s` and some jitter for a batch and `message_s` for a
+message.
 """
 
 from collections import deque
@@ -132,7 +133,8 @@ class SimRouter:
     def _schedule(self, lane: _Lane) -> None:
         if not lane.scheduled and lane.in_flight < self._config.max_batches_in_flight:
             lane.scheduled = True
-            self.thread(self.machine.batch_s, self._pump, lane)
+            jitter_s = self.rng.exponential(self.machine.jitter_s) if self.machine.jitter_s else 0.0
+            self.thread(self.machine.batch_s + jitter_s, self._pump, lane)
 
     def _pump(self, lane: _Lane) -> None:
         lane.scheduled = False

@@ -30,6 +30,8 @@ class Machine:
         hop_s: a message between router and server, one way, with packing and unpacking.
         client_s: the way from a client to the router and back.
         batch_s, message_s: time of the router's one thread for a batch, and for each message sent or received.
+        jitter_s: what a batch takes that thread beyond it because something else had the core; the mean of an
+            exponential distribution.
         control_s: a call between placement and others, one way.
         start_s: from asking for a server until it registers: node and process.
         replace_s: from a server's death until its replacement is asked for.
@@ -44,6 +46,7 @@ class Machine:
     client_s: float = 0.001
     batch_s: float = 0.001
     message_s: float = 0.0001
+    jitter_s: float = 0.0
     control_s: float = 0.003
     start_s: float = 3.0
     replace_s: float = 1.0

@@ -133,6 +133,15 @@ def test_an_idle_cluster_answers_in_the_time_of_one_launch_and_the_way() -> None
     assert found["latency_s"]["p50"] == pytest.approx(expected_s, rel=1e-6)
 
 
+def test_jitter_lengthens_the_tail_as_its_exponential_distribution_says() -> None:
+    load = workload("uniform", 20.0)
+    sim = Simulation(config(servers=(1, 1)), load, replace(MACHINE, jitter_s=0.004), copy_bytes=COPY_BYTES, seed=5)
+    sim.run(100.0)
+    extra_s = np.array(sim.record.took_s) - simulate(config(servers=(1, 1)), load, 10.0)["latency_s"]["p50"]
+    assert np.mean(extra_s) == pytest.approx(0.004, rel=0.1)
+    assert np.percentile(extra_s, 99) == pytest.approx(0.004 * np.log(100), rel=0.15)
+
+
 @pytest.mark.parametrize("kind", ["kill", "silent"])
 def test_rows_of_a_lost_server_are_computed_elsewhere(kind: Any) -> None:
     found = simulate(config(), workload(rate=170.0), 5.0, faults=[Fault(at_s=1.003, server=0, kind=kind)])
