@@ -2,10 +2,10 @@
 
 The cluster is that of `benchmarks.elasticity_stage`: servers paced to a slow device's rate, so that two cores are not
 the limit. Measured by themselves are a hop, by an echo between two processes, and the time until a server is replaced,
-by one killed with next to no load; half of it counts as noticing, half as starting. Calibrated is the router's time
-for a batch and a message, so that an idle cluster's latencies agree by construction: its jitter by how far p90 lies
-above the median, the rest by the median. A launch, control calls, plans and the rate of loading are the simulator's
-defaults. Nothing is fitted to the scenarios.
+by one killed with next to no load; half of it counts as noticing, half as starting. Servers tell how long their first
+copies took to load. Calibrated is the router's time for a batch and a message, so that an idle cluster's latencies
+agree by construction: its jitter by how far p99 lies above the median, the rest by the median. A launch, control calls
+and plans are the simulator's defaults. Nothing is fitted to the scenarios.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -54,6 +54,7 @@ SERVERS = 4
 WARM_UP_S = 4.0
 KILL_AFTER_S = 8.0
 IDLE_REQUESTS_PER_S = 4.0
+IDLE_FACTOR = 2.5  # times as long as a scenario: its p99 is used
 WITHIN = 0.2  # of the real cluster's throughput and p99
 
 
@@ -67,14 +68,14 @@ def reality(*, seconds: float) -> Facts:
         def make(**sections: Any) -> ClusterConfig:
             return make_config(model, least=SERVERS, most=SERVERS, **sections)
 
-        def run(config: ClusterConfig, play: Story, pattern: str, rate: float) -> Facts:
+        def run(config: ClusterConfig, play: Story, pattern: str, rate: float, *, seconds: float = seconds) -> Facts:
             story = partial(play, requests_per_s=rate, seconds=seconds)
             told, account = perform(config, pattern, 1, story)
             print(json.dumps(told), file=sys.stderr, flush=True)
             return {**told, "account": account}
 
         usual, static = make(), make(placement={"max_moves": 0})
-        idle = run(usual, _hold, "uniform", IDLE_REQUESTS_PER_S)
+        idle = run(usual, _hold, "uniform", IDLE_REQUESTS_PER_S, seconds=IDLE_FACTOR * seconds)
         replaced = run(usual, _kill, "uniform", IDLE_REQUESTS_PER_S)
         constants = _machine(usual, idle, hop_s, replaced["replaced_s"])
         found: Facts = {"constants": asdict(constants), "idle": idle}
@@ -97,8 +98,9 @@ async def _hold(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts
     stage.offer(requests_per_s * PAIRS_PER_REQUEST)
     await stage.hold(WARM_UP_S)
     began_s, ended_s = await stage.hold(seconds)
+    loaded = [server["loaded"] for server in (await app.status(stage.config.name))["servers"]]
     await stage.drain()
-    return _seen(stage.seen.outcomes, began_s, ended_s)
+    return _seen(stage.seen.outcomes, began_s, ended_s) | {"load_bytes_per_s": _rate(loaded)}
 
 
 async def _kill(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
@@ -132,6 +134,12 @@ def _seen(outcomes: Sequence[Outcome], began_s: float, ended_s: float) -> Facts:
     }
 
 
+def _rate(loaded: Sequence[Mapping[str, Facts]]) -> float:
+    """Bytes per second at which servers loaded, from what each says of its sources."""
+    sources = [source for server in loaded for source in server.values()]
+    return float(sum(source["bytes"] for source in sources) / sum(source["seconds"] for source in sources))
+
+
 def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced_s: float) -> Machine:
     """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
     the messages to and from every server, and jitter.
@@ -148,6 +156,7 @@ def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced_s: float
         client_s=2 * hop_s,
         batch_s=0.0,
         message_s=0.0,
+        load_bytes_per_s=idle["load_bytes_per_s"],
         start_s=replaced_s / 2,
         replace_s=replaced_s / 2,
     )
@@ -155,9 +164,17 @@ def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced_s: float
     def told(machine: Machine) -> Facts:
         return _simulate(config, machine, "uniform", IDLE_REQUESTS_PER_S, 100.0, [])
 
-    exact = told(bare)
-    spread_s = (idle["p90_s"] - idle["p50_s"]) - (exact["p90_s"] - exact["p50_s"])
-    jittery = replace(bare, jitter_s=max(spread_s, 0.0) / math.log(5))  # p90 - p50 of an exponential with mean 1
+    def spread_s(found: Facts) -> float:
+        return float(found["p99_s"] - found["p50_s"])
+
+    low_s, high_s = 0.0, spread_s(idle)
+    for _ in range(8):
+        jitter_s = (low_s + high_s) / 2
+        if spread_s(told(replace(bare, jitter_s=jitter_s))) < spread_s(idle):
+            low_s = jitter_s
+        else:
+            high_s = jitter_s
+    jittery = replace(bare, jitter_s=low_s)
     rest_s = max(idle["p50_s"] - told(jittery)["p50_s"], 0.0)
     return replace(jittery, batch_s=rest_s / 2, message_s=rest_s / 2 / (2 * SERVERS))
 

@@ -24,6 +24,7 @@ from router.config import OverflowConfig
 from router.dispatch import Dispatch, plan_dispatch, split_rows
 from router.gate import Gate, Routing
 from router.ledger import RequestLedger
+from router.replicas import message_worth
 from router.retry import Move, next_move, retry_pause_s
 from router.snapshot import PlacementSnapshot
 
@@ -147,6 +148,7 @@ class SimExchange:
             pairs_P=pairs_P,
             excluded_S=self._mask(self._excluded | self._full) if self._excluded or self._full else None,
             capacity=self._decision.capacity,
+            prefer_pairs=message_worth(context.machine.pairs_per_s) / context.scale,
         )
         for dispatch in plan.dispatches:
             for block in split_rows(dispatch, context.max_rows):

@@ -22,8 +22,14 @@ from router.table import LayerPlacement
 SPLIT_TOKENS = 32  # larger groups of one expert are split; smaller ones gain nothing from a GEMM of fewer rows
 PREFER_LOAD = 1.25  # a server contacted anyway may carry this much more load than the draw's winner ...
 PREFER_PAIRS = 32  # ... plus at most this many pairs
+MESSAGE_WORTH_S = 0.002  # ... or what the slowest server computes in this time
 UNEVEN = 1.1  # a server with this many times the even load has clearly more to do
 _FEW_PAIRS = 64  # up to here plain Python is faster than numpy
+
+
+def message_worth(pairs_per_s: float) -> float:
+    """How many routed pairs a message less is worth, where the slowest server has this pace."""
+    return min(PREFER_PAIRS, MESSAGE_WORTH_S * pairs_per_s)
 
 
 def choose_copies(

@@ -26,7 +26,7 @@ from protos import expert_pb2
 from protos.codec import decode, encode, read_matrix
 from protos.errors import ExpertmeshError, InternalError, ServerLost, from_proto
 from protos.services import CHANNEL_OPTIONS, compute_stream, status_method
-from router.replicas import PREFER_PAIRS
+from router.replicas import message_worth
 from router.table import ServerAddress
 
 log = logging.getLogger("expertmesh.router")
@@ -35,7 +35,6 @@ RECONNECT_FIRST_S = 0.05
 RECONNECT_MOST_S = 2.0
 WATCH_S = 0.1
 PACE_WEIGHT = 0.1  # of the newest answer in a server's pace
-MESSAGE_WORTH_S = 0.002  # a server contacted anyway may compute this much longer than another one would
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -296,9 +295,8 @@ class Transport:
             )
 
     def message_worth(self) -> float:
-        """How many routed pairs a message less is worth: what the slowest server computes in MESSAGE_WORTH_S."""
-        pace = min((link.pace for link in self.links.values()), default=math.inf)
-        return min(PREFER_PAIRS, MESSAGE_WORTH_S * pace)
+        """How many routed pairs a message less is worth to the slowest server."""
+        return message_worth(min((link.pace for link in self.links.values()), default=math.inf))
 
     def loads(self, servers: Iterable[ServerAddress]) -> npt.NDArray[np.float64]:
         """Routed pairs in flight at the servers of a table; links are made before it is used."""

@@ -26,4 +26,6 @@ def test_the_cheapest_clairvoyant_is_never_one_that_breaks_the_promise() -> None
 
 def test_a_server_that_was_not_replaced_is_no_measurement() -> None:
     with pytest.raises(RuntimeError, match="replaced_s is not known: no server held copies in place of the killed one"):
-        simulator_reality._machine(parse_config({"model": "m"}), {"p50_s": 0.04, "p90_s": 0.05}, 0.001, math.nan)
+        simulator_reality._machine(
+            parse_config({"model": "m"}), {"p50_s": 0.04, "p99_s": 0.05, "load_bytes_per_s": 1e6}, 0.001, math.nan
+        )
