@@ -310,7 +310,8 @@ def _wait_until_calm(local: LocalRay, *, idle_workers: int) -> None:
 
 
 class Cores:
-    """CPU seconds per second from now on: of our Ray and everything in it, of this process, of the whole machine."""
+    """CPU seconds per second from now on: of our Ray and everything in it, of this process, of the whole machine, and
+    those that other machines on the same host took."""
 
     def __init__(self, local: LocalRay) -> None:
         self._local = local
@@ -330,7 +331,8 @@ class Cores:
         return {
             "cluster": sum(filter(None, map(_cpu_s, self._local.pids()))),
             "load_generator": _cpu_s(None),
-            "machine": sum(whole) - whole.idle - whole.iowait - whole.guest - whole.guest_nice,
+            "machine": sum(whole) - whole.idle - whole.iowait - whole.steal - whole.guest - whole.guest_nice,
+            "stolen": whole.steal,
         }
 
 

@@ -126,6 +126,15 @@ class Draft:
         """Whether a copy there would be new and is not blocked (bytes aside)."""
         return server not in self.shares(row)[expert] and (row, expert, server) not in self.blocked
 
+    def cheapest(self, row: int, expert: int, cost_S: Floats) -> int | None:
+        """The server of least cost that has room for a copy and may hold it; None: there is none. Changes `cost_S`."""
+        cost_S[self.free_S <= 0] = np.inf
+        cost_S[list(self.shares(row)[expert])] = np.inf
+        if self.blocked:
+            cost_S[[server for server in range(self.num_servers) if (row, expert, server) in self.blocked]] = np.inf
+        server = int(cost_S.argmin())
+        return server if np.isfinite(cost_S[server]) else None
+
     def columns(self) -> Columns:
         """(layer_C, expert_C, server_C, share_C) of all copies as they are now."""
         kept_C = ~np.isin(self._layer_C, list(self._shares))

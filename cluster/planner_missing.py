@@ -49,13 +49,7 @@ def best_server(draft: Draft, row: int, expert: int) -> int | None:
     if not draft.num_servers:
         return None
     load_S = (draft.load_LS[row] + draft.weight_LE[row, expert]) / (draft.level_L[row] * draft.speed_S)
-    cost_S = load_S - _BYTES_WEIGHT * draft.free_S / np.maximum(draft.budget_S, 1)
-    cost_S[draft.free_S <= 0] = np.inf
-    cost_S[list(draft.shares(row)[expert])] = np.inf
-    if draft.blocked:
-        cost_S[[server for server in range(draft.num_servers) if (row, expert, server) in draft.blocked]] = np.inf
-    server = int(cost_S.argmin())
-    return server if np.isfinite(cost_S[server]) else None
+    return draft.cheapest(row, expert, load_S - _BYTES_WEIGHT * draft.free_S / np.maximum(draft.budget_S, 1))
 
 
 def _add(draft: Draft, row: int, expert: int) -> bool:

@@ -93,13 +93,8 @@ class _Survival:
     def _spare_server(self, row: int, expert: int) -> int | None:
         """The one with the most free bytes, and of those the least loaded."""
         draft = self._draft
-        cost_S = _LOAD_WEIGHT * draft.load_LS[row] / (draft.level_L[row] * draft.speed_S) - draft.free_S
-        cost_S[draft.free_S <= 0] = np.inf
-        cost_S[list(draft.shares(row)[expert])] = np.inf
-        if draft.blocked:
-            cost_S[[server for server in range(draft.num_servers) if (row, expert, server) in draft.blocked]] = np.inf
-        server = int(cost_S.argmin())
-        return server if np.isfinite(cost_S[server]) else None
+        weighted_S = _LOAD_WEIGHT * draft.load_LS[row] / (draft.level_L[row] * draft.speed_S)
+        return draft.cheapest(row, expert, weighted_S - draft.free_S)
 
     def _exchanged(self, row: int, expert: int) -> int | None:
         """Only servers that have the expert have bytes left: another expert moves there and leaves its place."""
