@@ -12,6 +12,7 @@ __all__ = [
     "dispatch",
     "gate",
     "ledger",
+    "replicas",
     "retry",
     "service",
     "shared",
