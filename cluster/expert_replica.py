@@ -7,7 +7,6 @@ gRPC data path has its own thread and loop.
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ from cluster.demand import Pace
 from cluster.messages import Assignment, Key, ServerBeat, ServerHello
 from cluster.pulling import POLL_S, answer, direct, forever, log_to_serve, pause
 from cluster.scaling import BACKLOG, BUSY
-from cluster.spare import keep_spare_worker, set_idle_class
+from cluster.spare import keep_spare_worker
 from experts.service import ExpertServer
 from protos import expert_pb2
 from protos.checkpoint import Checkpoint
@@ -79,7 +78,6 @@ class ExpertServerReplica:
         self._released = asyncio.Event()
         self._probe = grpc.aio.insecure_channel(address)
         loop = asyncio.get_running_loop()
-        set_idle_class(os.getpid(), idle=False)  # whoever started this process gently may be gone
         self._spare = loop.create_task(keep_spare_worker(config.all_pools))
         self._tasks = [loop.create_task(forever(step)) for step in (self._beat, self._poll, self._apply)]
 

@@ -13,7 +13,7 @@ Time is an argument everywhere (`now_s`, monotonic seconds). After an event, cal
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.loads import LoadQueue
 from cluster.members import Router, Server
@@ -119,8 +119,9 @@ class Fleet:
         count, self._overtaken = self._overtaken, 0
         return count
 
-    def is_draining(self, server_id: str) -> bool:
-        return self._servers[server_id].draining
+    @property
+    def draining(self) -> frozenset[str]:
+        return frozenset(server_id for server_id, server in self._servers.items() if server.draining)
 
     def last_seen_s(self, server_id: str) -> float | None:
         """When the server was last heard, None if it is not a member."""
@@ -206,6 +207,7 @@ class Fleet:
         """The server wants to leave: its copies move away, then its assignment says `released`."""
         if server_id in self._servers:
             self._servers[server_id].draining = True
+            self._queue.urge(key for key in self._servers[server_id].live if self._holders[key] <= self.draining)
             self._advance(now_s)
 
     def remove_server(self, server_id: str, now_s: float) -> None:
@@ -232,15 +234,14 @@ class Fleet:
         self._advance(now_s)
         return lost
 
-    def adopt(self, target: Mapping[Key, tuple[CopyShare, ...]], steps: Iterable[Step], now_s: float) -> None:
+    def adopt(self, target: Mapping[Key, tuple[CopyShare, ...]], steps: Sequence[Step], now_s: float) -> None:
         """Pursue a new plan instead of the last one.
 
         Args:
             target: copies on unknown servers are ignored.
-            steps: what is known of the target's new copies; those it does not name count as missing. An expert loses
-                its last copy if a step takes it for memory or because its server leaves.
+            steps: what is known of the target's new copies; without one a copy keeps its turn, or is missing. An expert
+                loses its last copy if a step takes it for memory or because its server leaves.
         """
-        steps = tuple(steps)
         old = self._target
         self._target = {
             key: tuple(copy for copy in copies if copy.server_id in self._servers) for key, copies in target.items()
@@ -254,7 +255,7 @@ class Fleet:
             for server_id in {copy.server_id for copy in old.get(key, ())} - wanted:
                 self._overtaken += self._queue.discard(key, server_id)
             for server_id in sorted(wanted - self._requested.get(key, set())):
-                self._queue.add(known.get((key, server_id)) or Load(key=key, server_id=server_id, reason="missing"))
+                self._queue.want(key, server_id, known.get((key, server_id)))
         self._dirty |= changed | self._let_go
         self._advance(now_s)
 

@@ -41,6 +41,7 @@ class Journal:
         self._began_s: float | None = None  # monotonic, of the re-placement under way
         self._moving: Counter[str] = Counter()  # its loads by reason
         self._bytes = 0
+        self._overtaken = 0  # of its loads
 
     def note(self, kind: str, detail: str, epoch: int, **facts: Any) -> None:
         """One event: a log line, and an entry of `events` with further facts (plain values)."""
@@ -74,7 +75,7 @@ class Journal:
         )
         if loads:
             if self._began_s is None:
-                self._began_s = now_s
+                self._began_s, self._overtaken = now_s, 0
             self._moving += why
             self._bytes += len(loads) * copy_bytes
 
@@ -87,21 +88,26 @@ class Journal:
         """
         if overtaken:
             self._metrics.overtaken.inc(overtaken)
+            self._overtaken += overtaken
         if self._began_s is None or outstanding:
             return
         took_s, count = now_s - self._began_s, sum(self._moving.values())
         reasons: Mapping[str, int] = dict(self._moving)
         parts = ", ".join(f"{count} {_WHY[reason]}" for reason, count in reasons.items())
+        gone = min(self._overtaken, count)
+        moved = self._bytes * (count - gone) // count
+        less = f", {gone} of them overtaken" if gone else ""
         self._metrics.replacement_s.observe(max(took_s, 1e-3))
         self.note(
             "placed",
-            f"{_count(count, 'copy', 'copies')} ({parts}), {self._bytes / 2**20:,.1f} MiB in {took_s:.2f} s",
+            f"{_count(count, 'copy', 'copies')} ({parts}){less}, {moved / 2**20:,.1f} MiB in {took_s:.2f} s",
             epoch,
             reasons=reasons,
-            bytes=self._bytes,
+            overtaken=gone,
+            bytes=moved,
             took_s=took_s,
         )
-        self._began_s, self._moving, self._bytes = None, Counter(), 0
+        self._began_s, self._moving, self._bytes, self._overtaken = None, Counter(), 0, 0
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

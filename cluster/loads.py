@@ -65,8 +65,14 @@ class LoadQueue:
         line.turns[load.key] = turn
         heapq.heappush(line.heap, (turn, load.key))
 
+    def want(self, key: Key, server_id: str, load: Load | None) -> None:
+        """Queue a load that is known, or else keep the turn of one that waits; any other is missing."""
+        line = self._lines.get(server_id)
+        if load is not None or line is None or key not in line.turns:
+            self.add(load or Load(key=key, server_id=server_id, reason="missing"))
+
     def urge(self, keys: Iterable[Key]) -> None:
-        """These experts have lost their last live copy: what waits for them is missing now."""
+        """These experts have lost their last live copy, or are about to: what waits for them is missing now."""
         for key in keys:
             for line in self._lines.values():
                 if key in line.turns:

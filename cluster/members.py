@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from cluster.config import PlacementConfig
 from cluster.messages import Key, ServerHello
 
 MAX_AHEAD = 64  # loads a server is asked for at a time: what follows may still be overtaken
@@ -55,3 +56,14 @@ class Router:
     oldest: int
     last_seen_s: float
     known: frozenset[str]
+
+
+def may_be_unread(waited_s: float, pause_s: float, took_s: float, knobs: PlacementConfig) -> bool:
+    """Whether reports of the others may wait to be read, because it was this process that stood still.
+
+    Args:
+        waited_s: since the last plan, at most `pause_s` if it did not.
+        took_s: of the last plan, standing still included.
+    """
+    still_s = knobs.dead_after_s / 2
+    return waited_s > pause_s + still_s or (took_s > still_s and waited_s < knobs.heartbeat_s)

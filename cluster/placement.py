@@ -23,6 +23,7 @@ from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
 from cluster.journal import Journal
 from cluster.load import LoadWindow
+from cluster.members import may_be_unread
 from cluster.messages import Assignment, Key, RouterBeat, ServerBeat, ServerHello, ServerReply
 from cluster.metrics import Metrics
 from cluster.overview import (
@@ -82,7 +83,6 @@ class Placement:
         self._news = asyncio.Event()  # replaced at every change: what long polls wait for
         self._replan = asyncio.Event()
         self._probing: set[str] = set()
-        self._looked_s = time.monotonic()  # when liveness was last judged
         loop = asyncio.get_running_loop()
         self._planning = loop.create_task(self._plan_forever())
         self._spare = loop.create_task(keep_spare_worker(config.all_pools))
@@ -220,6 +220,7 @@ class Placement:
         """Serve's hook: how many servers every pool is to have (see `cluster.relay`), decided at this moment."""
         for change in self._pools.decide(
             servers=self._fleet.servers,
+            draining=self._fleet.draining,
             routers=self._fleet.routers,
             load_LE=self._demand(),
             needed_copies=self._needed_copies,
@@ -241,6 +242,7 @@ class Placement:
         while True:
             # A large model's plan takes a while: leave the loop most of the time.
             pause_s = max(self._knobs.plan_interval_s, 5 * took_s)
+            waits_s = time.monotonic()
             try:
                 async with asyncio.timeout(pause_s):
                     await self._replan.wait()
@@ -248,19 +250,19 @@ class Placement:
                 pass
             self._replan.clear()
             started_s = time.monotonic()
+            unread = may_be_unread(started_s - waits_s, pause_s, took_s, self._knobs)
             try:
-                await self._plan_once()
+                await self._plan_once(expire=not unread)
             except Exception:
                 log.exception("planning failed; the last plan stays")
             took_s = time.monotonic() - started_s
 
-    async def _plan_once(self) -> None:
+    async def _plan_once(self, *, expire: bool) -> None:
         now_s = time.monotonic()
-        late, self._looked_s = now_s - self._looked_s > self._knobs.dead_after_s / 2, now_s
-        if late:  # it was this process that stood still: the reports of the others wait to be read
-            return
-        with self._acting():
-            lost = self._fleet.expire(now_s)
+        lost: tuple[str, ...] = ()
+        if expire:
+            with self._acting():
+                lost = self._fleet.expire(now_s)
         for server_id in lost:
             self._beats.pop(server_id, None)
             self._note("server_lost", f"{server_id}: silent for {self._knobs.dead_after_s} s")
@@ -316,7 +318,7 @@ class Placement:
             server_line(
                 hello,
                 self._beats.get(hello.server_id),
-                draining=self._fleet.is_draining(hello.server_id),
+                draining=hello.server_id in self._fleet.draining,
                 loading=self._fleet.loading(hello.server_id),
                 speed=self._pools.speed(hello),
             )
@@ -327,7 +329,7 @@ class Placement:
         speeds = {
             hello.server_id: self._pools.speed(hello)
             for hello in self._fleet.servers
-            if not self._fleet.is_draining(hello.server_id)
+            if hello.server_id not in self._fleet.draining
         }
         return layer_balance(self._fleet.table, self._spec.layers, load_LE, speeds)
 
@@ -366,9 +368,10 @@ class Placement:
         if self._fleet.revision != revision:
             news, self._news = self._news, asyncio.Event()
             news.set()
-            self._journal.progress(
-                self._fleet.outstanding, self._fleet.pop_overtaken(), self._fleet.epoch, time.monotonic()
-            )
+        # Also without a change: a plan may only have discarded what waited.
+        self._journal.progress(
+            self._fleet.outstanding, self._fleet.pop_overtaken(), self._fleet.epoch, time.monotonic()
+        )
         if replan or self._fleet.settled != settled:
             self._replan.set()
 

@@ -140,14 +140,14 @@ def read_plan(path: Path, load: LoadFile) -> Copies:
 def _entry(path: Path, number: int, entry: Any, shape: tuple[int, ...]) -> tuple[int, int, int, float]:
     wrong = InvalidRequest(
         f"{path}: copies[{number}] is {json.dumps(entry)[:80]}, expected [layer, expert, server, share] with layer in "
-        f"0..{shape[0] - 1}, expert in 0..{shape[1] - 1}, server in 0..{MAX_SERVERS - 1}, share in 0..1"
+        f"0..{shape[0] - 1}, expert in 0..{shape[1] - 1}, server in 0..{MAX_SERVERS - 1}, share above 0 up to 1"
     )
     if not isinstance(entry, list) or len(entry) != 4:
         raise wrong
     limits = (*shape, MAX_SERVERS)
     if not all(type(value) is int and 0 <= value < limit for value, limit in zip(entry[:3], limits, strict=True)):
         raise wrong
-    if type(entry[3]) not in (int, float) or not 0 <= entry[3] <= 1 + 1e-9:
+    if type(entry[3]) not in (int, float) or not 0 < entry[3] <= 1 + 1e-9:
         raise wrong
     layer, expert, server, share = entry
     return layer, expert, server, float(share)

@@ -27,7 +27,8 @@ def planner_input(
     """
     # Copies change places through a free slot: without one, two full servers would wait for each other.
     needed = load_LE.size * max(knobs.min_copies, 1)
-    staying = [hello for hello in fleet.servers if not fleet.is_draining(hello.server_id)]
+    draining = fleet.draining
+    staying = [hello for hello in fleet.servers if hello.server_id not in draining]
     slot = int(sum(hello.max_copies - 1 for hello in staying) >= needed)
     return PlannerInput(
         layers=layers,
@@ -37,7 +38,7 @@ def planner_input(
                 server_id=hello.server_id,
                 max_copies=hello.max_copies - slot,
                 speed=speed(hello),
-                draining=fleet.is_draining(hello.server_id),
+                draining=hello.server_id in draining,
             )
             for hello in fleet.servers
         ),

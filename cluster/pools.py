@@ -80,6 +80,7 @@ class Pools:
         self,
         *,
         servers: Sequence[ServerHello],
+        draining: Collection[str],
         routers: Collection[str],
         load_LE: npt.NDArray[np.float64],
         needed_copies: int,
@@ -90,6 +91,7 @@ class Pools:
 
         Args:
             servers, routers: the members.
+            draining: ids of those servers that are leaving.
             load_LE: routed pairs per second of every expert.
             needed_copies: live copies that the last plan has and could not do without on fewer servers.
             denied_copies: those it would add if there were room.
@@ -108,7 +110,9 @@ class Pools:
             backlog_pairs=max(queued_pairs, open_pairs),  # what waits at a server is open at a router
             copies=max(self._min_copies, in_use, needed_copies) + denied_copies,
         )
-        running = [hello.pool for hello in servers if hello.server_id in self._servers]
+        # Draining servers still work off what they have, but are none of those that the pool is to have.
+        staying = self._servers.keys() - set(draining)
+        running = [hello.pool for hello in servers if hello.server_id in staying]
         pools = [
             Pool(
                 name=name,

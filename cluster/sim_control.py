@@ -166,6 +166,7 @@ class SimPlacement:
         """What the placement's replica reports to Serve."""
         self.pools.decide(
             servers=self.fleet.servers,
+            draining=self.fleet.draining,
             routers=self.fleet.routers,
             load_LE=self.window.rates(),
             needed_copies=self._needed_copies,

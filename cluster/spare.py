@@ -39,6 +39,7 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
     Args:
         pools: whose servers may come; a node that has not what one of them needs gets no worker.
     """
+    set_idle_class(os.getpid(), idle=False)  # whoever started this process gently may be gone
     try:
         node = _this_node()
         while node and any(_fits(pool, node["Resources"]) for pool in pools):

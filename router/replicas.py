@@ -175,15 +175,19 @@ class _Chooser:
         self._contacted.add(server)
 
     def _pick(self, servers: list[int], shares: list[float]) -> int:
-        loads, contacted = self._loads, self._contacted
+        contacted = self._contacted
         bounds = list(accumulate(shares))
         best, other = self._draw(servers, bounds), self._draw(servers, bounds)
-        if loads[other] < loads[best]:
+        if self._busy(other) < self._busy(best):
             best = other
         if best in contacted:
             return best
-        near = min((server for server in servers if server in contacted), key=loads.__getitem__, default=best)
-        return near if loads[near] <= PREFER_LOAD * loads[best] + self._prefer_pairs else best
+        near = min((server for server in servers if server in contacted), key=self._busy, default=best)
+        return near if self._busy(near) <= PREFER_LOAD * self._busy(best) + self._prefer_pairs else best
+
+    def _busy(self, server: int) -> float:
+        """How long its load takes a server, in pairs of one of speed 1."""
+        return self._loads[server] / self._speeds[server]
 
     def _draw(self, servers: list[int], bounds: list[float]) -> int:
         index = bisect_right(bounds, self._rng.random() * bounds[-1])

@@ -334,7 +334,7 @@ class Transport:
         while True:
             looked_s = loop.time()
             await asyncio.sleep(WATCH_S)
-            if loop.time() - looked_s > self._hop_timeout_s / 2:
+            if loop.time() - looked_s > WATCH_S + self._hop_timeout_s / 2:
                 continue  # it was this process that stood still: what the servers said waits to be read
             for link in [*self.links.values(), *self._leaving]:
                 link.check_silence(loop.time())

@@ -410,6 +410,22 @@ def test_an_expert_that_loses_its_copy_on_the_move_is_loaded_at_once() -> None:
     assert copies_of(fleet, "b") == {KEYS[0], KEYS[1]}
 
 
+def test_new_shares_do_not_make_a_load_that_waits_for_the_budget_urgent_but_a_drain_does() -> None:
+    fleet = Fleet(num_experts=NUM_EXPERTS, expected_servers=2, copy_bytes=100, load_bytes_per_s=1.0)
+    a, b = Server("a"), Server("b")
+    for server in (a, b):
+        server.register(fleet, 0.0)
+    fleet.adopt({key: shares("a") for key in KEYS[:3]}, (), 0.0)
+    a.settle(fleet, 0.0)
+    fleet.adopt({key: shares("a", "b") for key in KEYS[:3]}, [load(key, "b", 0.1) for key in KEYS[:3]], 0.0)
+    assert len(copies_of(fleet, "b")) == 1
+    uneven = (CopyShare(server_id="a", share=0.9), CopyShare(server_id="b", share=0.1))
+    fleet.adopt(dict.fromkeys(KEYS[:3], uneven), (), 0.1)
+    assert len(copies_of(fleet, "b")) == 1
+    fleet.drain("a", 0.2)
+    assert copies_of(fleet, "b") == set(KEYS[:3])
+
+
 def test_a_cold_expert_does_not_hold_back_a_leaving_server() -> None:
     fleet, a, b, router = two_servers_and_a_router()
     fleet.adopt({KEYS[0]: shares("a"), KEYS[1]: shares("b")}, (), 1.0)
@@ -536,7 +552,7 @@ class World:
                 self.fleet.drain(server.server_id, self.now_s)
             elif action == "stop":
                 found = self.fleet.assignment(server.server_id)
-                alone = all(self.fleet.is_draining(held.server_id) for held in self.fleet.servers)
+                alone = {held.server_id for held in self.fleet.servers} <= self.fleet.draining
                 if found is not None and found.released and not alone:
                     for used in [table for each in self.routers for table in (each.table, *each.in_use)]:
                         assert all(server.server_id not in named(used, key) for key in KEYS)
@@ -588,7 +604,7 @@ def test_once_quiet_the_table_reaches_the_plan(seed: int, actions: list[str]) ->
     world.act("join")
     for action in [*actions, "join", "plan"]:
         world.act(action)
-    serving = [held.server_id for held in world.fleet.servers if not world.fleet.is_draining(held.server_id)]
+    serving = [held.server_id for held in world.fleet.servers if held.server_id not in world.fleet.draining]
     target = {key: shares(world.rng.choice(serving)) for key in KEYS}
     world.fleet.adopt(target, (), world.now_s)
     for _ in range(4):

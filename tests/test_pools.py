@@ -247,6 +247,7 @@ class Members:
             self.pools.beat_router("r", pairs=round(self.asked), queued_tokens=queued_tokens, now_s=self.now_s)
             changes = self.pools.decide(
                 servers=self.hellos,
+                draining=(),
                 routers=("r",),
                 load_LE=np.zeros((2, 8)),
                 needed_copies=0,

@@ -209,3 +209,14 @@ def test_filling_evens_out_load_over_share(size: int, copies: list[tuple[int, fl
 def test_stable_order_sorts_also_what_16_bits_cannot_hold(values: list[int]) -> None:
     values_P = np.array(values, dtype=np.int32)
     np.testing.assert_array_equal(stable_order(values_P), np.argsort(values_P, kind="stable"))
+
+
+def test_a_small_group_goes_where_its_pairs_are_done_first_not_where_fewest_are_in_flight() -> None:
+    placement = layer({0: {0: 0.8, 1: 0.2}}, 2)
+    few = np.zeros(8, dtype=np.int32)
+    slow = sum(
+        int(choose_copies(few, placement, load_S=load_S, prefer_pairs=0.0, speed_S=speed_S, rng=rng)[0])
+        for rng in map(np.random.default_rng, range(300))
+        for load_S, speed_S in [(np.array([400.0, 100.1]), np.array([4.0, 1.0]))]
+    )
+    assert slow < 0.1 * 300, "both are equally late, and of the two draws only both name the slow one 4 times in 100"
