@@ -265,7 +265,8 @@ async def _watch(name: str, local: LocalRay, seen: Seen) -> None:
     known: set[tuple[float, str]] = set()
     while True:
         began_s = loop.time()
-        seen.servers.append((began_s, num_processes(local.session, b"ExpertServer")))
+        running = await asyncio.to_thread(num_processes, local.session, b"ExpertServer")  # a /proc may make it wait
+        seen.servers.append((began_s, running))
         with suppress(Exception):  # Ray's and Serve's errors, and a placement that does not answer in time
             found = await asyncio.wait_for(app.status(name), 3.0)
             now_s = loop.time()

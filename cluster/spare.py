@@ -4,6 +4,9 @@ A Ray worker imports Ray, torch and Serve before it can become a replica: second
 a server is missing. Ray starts such workers ahead only when a node starts, so the first server of a node is quick and
 every later one slow (measured on two cores: 0.2 s against 4 s and more). The raylet has a method to start them at any
 time, which Ray's own core calls; there is no public one. If it is not there, a server starts as slowly as before.
+
+Workers are looked at in a thread: reading a process' command line waits for the lock of its memory, which a worker that
+starts gently may hold for seconds while the processor is busy.
 """
 
 import asyncio
@@ -44,7 +47,7 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
         node = _this_node()
         while node and any(_fits(pool, node["Resources"]) for pool in pools):
             await asyncio.sleep(random.uniform(LOOK_S, 2 * LOOK_S))  # servers of a node look one after the other
-            if _spare_worker() is None:
+            if await asyncio.to_thread(_spare_worker) is None:
                 if not await start_spare_worker():
                     return
                 await _start_gently()
@@ -92,7 +95,7 @@ async def _start_gently() -> None:
     if not may_leave_idle_class():
         return
     seconds = 0.0
-    while (worker := _spare_worker()) is None or not _is_starting(worker):
+    while (worker := await asyncio.to_thread(_spare_worker, starting=True)) is None:
         await asyncio.sleep(_WATCH_S)
         seconds += _WATCH_S
         if seconds > _TIMEOUT_S:
@@ -100,13 +103,12 @@ async def _start_gently() -> None:
     set_idle_class(worker.pid, idle=True)
     try:
         with suppress(psutil.Error):
-            worker.cpu_percent()
             quiet = 0
-            while quiet < 4 and seconds < _READY_S and (_is_starting(worker) or _is_idle(worker)):
+            while quiet < 4 and seconds < _READY_S and await asyncio.to_thread(_is_spare, worker):
                 await asyncio.sleep(_WATCH_S)
                 seconds += _WATCH_S
                 set_idle_class(worker.pid, idle=True)  # of threads that have come since
-                quiet = quiet + 1 if _is_idle(worker) and worker.cpu_percent() < 5 else 0
+                quiet = quiet + 1 if await asyncio.to_thread(_is_quiet, worker) else 0
     finally:
         set_idle_class(worker.pid, idle=False)
 
@@ -130,13 +132,23 @@ def set_idle_class(pid: int, *, idle: bool) -> None:
                 os.sched_setscheduler(int(thread), policy, os.sched_param(0))
 
 
-def _spare_worker() -> psutil.Process | None:
-    """A worker of this node's raylet, our parent, without work or about to be."""
+def _spare_worker(*, starting: bool = False) -> psutil.Process | None:
+    """A worker of this node's raylet, our parent, without work or about to be; only the latter if `starting`."""
     for worker in psutil.Process(os.getppid()).children():
         with suppress(psutil.Error):  # it has just ended
-            if _is_idle(worker) or _is_starting(worker):
+            if _is_starting(worker) if starting else _is_spare(worker):
                 return worker
     return None
+
+
+def _is_spare(worker: psutil.Process) -> bool:
+    return _is_starting(worker) or _is_idle(worker)
+
+
+def _is_quiet(worker: psutil.Process) -> bool:
+    """Whether it has no work and has used next to nothing of the processor since the last call."""
+    busy_percent = worker.cpu_percent()
+    return _is_idle(worker) and busy_percent < 5
 
 
 def _is_idle(worker: psutil.Process) -> bool:

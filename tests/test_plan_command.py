@@ -352,6 +352,7 @@ def test_arguments_that_cannot_be_are_refused_with_value_and_limit(wanted: dict[
         ('{"copies": [[0, 8, 0, 1]]}', r"expert in 0\.\.7"),
         ('{"copies": [[0, 0, -1, 1]]}', r"server in 0\.\.65535"),
         ('{"copies": [[0, 0, 0, 1.5]]}', r"share above 0 up to 1"),
+        ('{"copies": [[0, 0, 0, 0]]}', r"share above 0 up to 1"),
         ('{"copies": [[0, 0, 0, NaN]]}', r"share above 0 up to 1"),
         ('{"copies": [[0, 0, 0, 1], [0, 0, 0, 1]]}', r"copies\[1\] is there twice"),
         ('{"copies": 7}', r"copies\[0\] is 7"),

@@ -215,6 +215,7 @@ class Members:
         config = configure(pools, scaling={"downscale_delay_s": 5}, placement={"min_copies": 0})
         self.pools = Pools(config, num_experts=16, top_k=2)
         self.hellos: list[ServerHello] = []
+        self.draining: set[str] = set()
         self.asked = 0.0
         self.now_s = 0.0
 
@@ -247,7 +248,7 @@ class Members:
             self.pools.beat_router("r", pairs=round(self.asked), queued_tokens=queued_tokens, now_s=self.now_s)
             changes = self.pools.decide(
                 servers=self.hellos,
-                draining=(),
+                draining=self.draining,
                 routers=("r",),
                 load_LE=np.zeros((2, 8)),
                 needed_copies=0,
@@ -268,6 +269,15 @@ def test_demand_grows_the_pool_that_gives_most_for_its_cost_and_says_so() -> Non
     assert (found["fast"]["target"], found["fast"]["reason"], found["fast"]["servers"]) == (4, "demand", 1)
     assert "4,000 pairs/s arrive" in found["fast"]["detail"]
     assert found["cheap"]["speed"] == 0.25
+
+
+def test_a_placement_that_starts_anew_does_not_keep_servers_that_are_leaving() -> None:
+    members = Members(TWO_POOLS)
+    for name in "abcd":
+        members.join(name, "fast")
+    members.draining = {"c", "d"}
+    members.run(1, pairs_per_s=0)
+    assert members.pools.numbers()["at_least/fast"] == 2
 
 
 def test_memory_grows_the_roomy_pool() -> None:
