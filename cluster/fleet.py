@@ -205,9 +205,9 @@ class Fleet:
 
     def drain(self, server_id: str, now_s: float) -> None:
         """The server wants to leave: its copies move away, then its assignment says `released`."""
-        if server_id in self._servers:
-            self._servers[server_id].draining = True
-            self._queue.urge(key for key in self._servers[server_id].live if self._holders[key] <= self.draining)
+        if server := self._servers.get(server_id):
+            server.draining, leaving = True, self.draining | {server_id}
+            self._queue.urge(key for key in server.live if self._holders[key] <= leaving)
             self._advance(now_s)
 
     def remove_server(self, server_id: str, now_s: float) -> None:

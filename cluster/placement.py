@@ -314,11 +314,12 @@ class Placement:
         return next((hello for hello in self._fleet.servers if hello.server_id == server_id), None)
 
     def _server_lines(self) -> list[dict[str, Any]]:
+        draining = self._fleet.draining
         return [
             server_line(
                 hello,
                 self._beats.get(hello.server_id),
-                draining=hello.server_id in self._fleet.draining,
+                draining=hello.server_id in draining,
                 loading=self._fleet.loading(hello.server_id),
                 speed=self._pools.speed(hello),
             )
@@ -326,10 +327,11 @@ class Placement:
         ]
 
     def _balance(self, load_LE: npt.NDArray[np.float64]) -> dict[str, float]:
+        draining = self._fleet.draining
         speeds = {
             hello.server_id: self._pools.speed(hello)
             for hello in self._fleet.servers
-            if hello.server_id not in self._fleet.draining
+            if hello.server_id not in draining
         }
         return layer_balance(self._fleet.table, self._spec.layers, load_LE, speeds)
 
