@@ -86,7 +86,9 @@ class Run:
         """Tell a story on a cluster of its own; `deployed` is around its deployment and life."""
         say(name)
         sections = {"scaling": {"downscale_delay_s": DOWNSCALE_DELAY_S}} | sections
-        model = make_model(self._folder / f"model-{hidden_dim}", **MODEL | {"hidden_dim": hidden_dim})
+        model = self._folder / f"model-{hidden_dim}"
+        if not model.exists():
+            make_model(model, **MODEL | {"hidden_dim": hidden_dim})
         config = make_config(model, least=servers[0], most=servers[1], budget_copies=budget_copies, **sections)
         with deployed(config):
             told, account = perform(config, pattern, 1, story)

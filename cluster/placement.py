@@ -284,6 +284,7 @@ class Placement:
         if found.steps:
             with self._acting():
                 self._fleet.adopt(found.copies, found.steps, time.monotonic())
+            self._progress()  # it may only have discarded what waited, which changes no table
             self._journal.planned(found, self._fleet.copy_bytes, self._fleet.epoch, now_s)
 
     # ------------------------------------------------------------------ parts
@@ -370,12 +371,13 @@ class Placement:
         if self._fleet.revision != revision:
             news, self._news = self._news, asyncio.Event()
             news.set()
-        # Also without a change: a plan may only have discarded what waited.
-        self._journal.progress(
-            self._fleet.outstanding, self._fleet.pop_overtaken(), self._fleet.epoch, time.monotonic()
-        )
+            self._progress()
         if replan or self._fleet.settled != settled:
             self._replan.set()
+
+    def _progress(self) -> None:
+        fleet = self._fleet
+        self._journal.progress(fleet.outstanding, fleet.pop_overtaken(), fleet.epoch, time.monotonic())
 
     async def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
         try:
