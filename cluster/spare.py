@@ -5,6 +5,9 @@ a server is missing. Ray starts such workers ahead only when a node starts, so t
 every later one slow (measured on two cores: 0.2 s against 4 s and more). The raylet has a method to start them at any
 time, which Ray's own core calls; there is no public one. If it is not there, a server starts as slowly as before.
 
+A worker is started only while the processor has room for it, and gently (Linux' SCHED_IDLE): on a machine that is full
+even gentle ones, two at a time, kept everybody waiting for seconds.
+
 Workers are looked at in a thread: reading a process' command line waits for the lock of its memory, which a worker that
 starts gently may hold for seconds while the processor is busy.
 """
@@ -30,6 +33,8 @@ log = logging.getLogger("expertmesh.cluster")
 
 KEEP_S = 30 * 24 * 3600  # Ray ends idle workers early unless it is told how long to keep them
 LOOK_S = 15.0  # not at once: the surge that has called a server needs the processor first
+ROOM_CORES = 0.75  # a starting worker keeps one core busy for seconds
+_ROOM_S = 1.0
 _TIMEOUT_S = 5.0
 _READY_S = 120.0
 _WATCH_S = 0.25
@@ -44,10 +49,10 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
     """
     set_idle_class(os.getpid(), idle=False)  # whoever started this process gently may be gone
     try:
-        node = _this_node()
+        node = await asyncio.to_thread(_this_node)
         while node and any(_fits(pool, node["Resources"]) for pool in pools):
             await asyncio.sleep(random.uniform(LOOK_S, 2 * LOOK_S))  # servers of a node look one after the other
-            if await asyncio.to_thread(_spare_worker) is None:
+            if await asyncio.to_thread(_spare_worker) is None and await asyncio.to_thread(has_room):
                 if not await start_spare_worker():
                     return
                 await _start_gently()
@@ -55,9 +60,15 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
         log.info("no spare worker: %s: %s", type(err).__name__, err)
 
 
+def has_room() -> bool:
+    """Whether ROOM_CORES of this machine have nothing to do; looks for a second."""
+    share = psutil.cpu_times_percent(interval=_ROOM_S).idle / 100
+    return bool(share * (psutil.cpu_count() or 1) >= ROOM_CORES)
+
+
 async def start_spare_worker() -> bool:
     """Ask this node's raylet for one more idle worker of our job. False, with a log line, if it will not."""
-    context, node = ray.get_runtime_context(), _this_node()
+    context, node = ray.get_runtime_context(), await asyncio.to_thread(_this_node)
     if node is None:
         return False
     request = node_manager_pb2.PrestartWorkersRequest(  # type: ignore[attr-defined]
