@@ -128,17 +128,17 @@ class Fleet:
         server = self._servers.get(server_id)
         return None if server is None else server.last_seen_s
 
+    def version(self, server_id: str) -> int | None:
+        """Of the server's assignment."""
+        server = self._servers.get(server_id)
+        return None if server is None else server.version
+
     def assignment(self, server_id: str) -> Assignment | None:
         """What the server is to hold now; None if it has to register (again)."""
         server = self._servers.get(server_id)
         if server is None:
             return None
-        return Assignment(
-            version=server.version,
-            copies=tuple(server.assigned),
-            released=server.released,
-            sources={key: found for key in server.assigned if key not in server.live and (found := self._sources(key))},
-        )
+        return server.assignment(self._sources)
 
     # Events.
 

@@ -1,9 +1,10 @@
 """What the fleet knows of one server and of one router. Time is an argument."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.config import PlacementConfig
-from cluster.messages import Key, ServerHello
+from cluster.messages import Assignment, Key, ServerHello
 
 MAX_AHEAD = 64  # loads a server is asked for at a time: what follows may still be overtaken
 STUCK_S = 2.0  # a full server that waits so long for a copy to leave lets go of copies that others hold as well
@@ -36,6 +37,16 @@ class Server:
     def room(self) -> int:
         """Loads it can be asked for now."""
         return min(self.hello.max_copies - len(self.assigned), MAX_AHEAD - self.loading)
+
+    def assignment(self, sources: Callable[[Key], tuple[str, ...]]) -> Assignment:
+        """What it is to hold now; `sources` says where a copy that it has not yet can be fetched from."""
+        missing = self.assigned.keys() - self.live
+        return Assignment(
+            version=self.version,
+            copies=tuple(self.assigned),
+            released=self.released,
+            sources={key: found for key in missing if (found := sources(key))},
+        )
 
     def look_stuck(self, waiting: int, now_s: float) -> bool:
         """Judge `lets_go` from the loads that wait for this server; True if it became so just now."""

@@ -122,12 +122,7 @@ class Placement:
 
     async def poll_assignment(self, server_id: str, version: int, timeout_s: float) -> Assignment | None:
         """The server's assignment as soon as its version is another; None asks the server to register."""
-
-        def changed() -> bool:
-            found = self._fleet.assignment(server_id)
-            return found is None or found.version != version
-
-        await self._wait(changed, timeout_s)
+        await self._wait(lambda: self._fleet.version(server_id) != version, timeout_s)
         return self._fleet.assignment(server_id)
 
     async def drain(self, server_id: str) -> None:

@@ -1,8 +1,8 @@
 """The control plane in simulated time: `cluster.placement` and Serve's autoscaling, around the real decisions.
 
-What is exact: the fleet's states and epochs (`cluster.fleet`), load estimation (`cluster.load`), plans
-(`cluster.planner`), the number of servers (`cluster.pools`). What is modelled: calls take `control_s`, a plan takes
-`plan_s`, a new server registers after `start_s`; of several servers Serve may stop, the youngest goes.
+What is exact: the fleet's states and epochs (`cluster.fleet`), load estimation (`cluster.load`, `cluster.awaited`),
+plans (`cluster.planner`), the number of servers (`cluster.pools`). What is modelled: calls take `control_s`, a plan
+takes `plan_s`, a new server registers after `start_s`; of several servers Serve may stop, the youngest goes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from cluster.awaited import Awaited
 from cluster.config import ClusterConfig
 from cluster.fleet import Fleet
 from cluster.load import LoadWindow
@@ -85,6 +86,8 @@ class SimPlacement:
         self.window = LoadWindow(
             workload.layers, workload.num_experts, rise_s=knobs.load_rise_s, fall_s=knobs.load_fall_s
         )
+        self._awaited = Awaited(workload.layers, patience_s=config.router.settings.default_timeout_s)
+        self._asked: dict[str, Mapping[Key, int]] = {}  # by router, as it last reported
         self.num_plans = self.loads = self.unloads = 0
         self.pools = Pools(config, num_experts=len(workload.layers) * workload.num_experts, top_k=workload.top_k)
         self._needed_copies = self._denied_copies = 0
@@ -133,6 +136,10 @@ class SimPlacement:
         demand, queued_tokens = router.demand(), router.queued_tokens * router.scale
         self.window.count(router.router_id, demand, now_s)
         self.pools.beat_router(router.router_id, pairs=sum(demand.values()), queued_tokens=queued_tokens, now_s=now_s)
+        before = self._asked.get(router.router_id, {} if queued_tokens else demand)
+        self._asked[router.router_id] = demand
+        if self._awaited.count(before, demand, self.fleet.table.copies, now_s):
+            self.replan()
 
     def drain(self, server_id: str) -> None:
         self.fleet.drain(server_id, self._clock.now_s)
@@ -168,7 +175,7 @@ class SimPlacement:
             servers=self.fleet.servers,
             draining=self.fleet.draining,
             routers=self.fleet.routers,
-            load_LE=self.window.rates(),
+            load_LE=self._measured(),
             needed_copies=self._needed_copies,
             denied_copies=self._denied_copies,
             now_s=self._clock.now_s,
@@ -212,7 +219,11 @@ class SimPlacement:
     def _load(self) -> npt.NDArray[np.float64]:
         if self._foresight is not None:
             return self._workload.load(self._clock.now_s + self._foresight.load_lead_s)
-        return self.window.rates()
+        return self._measured()
+
+    def _measured(self) -> npt.NDArray[np.float64]:
+        held, waiting = self.fleet.table.copies, any(router.queued_tokens for router in self._routers)
+        return self._awaited.demand(self.window.rates(), held=held, open_requests=waiting, now_s=self._clock.now_s)
 
 
 def only_replaced(found: Plan, current: Mapping[Key, tuple[CopyShare, ...]]) -> Plan:
@@ -228,7 +239,7 @@ def only_replaced(found: Plan, current: Mapping[Key, tuple[CopyShare, ...]]) -> 
         total = sum(copy.share for copy in held)
         if held and isinstance(step, Reshare) and step.key not in touched and abs(total - 1) > 1e-9:
             touched.add(step.key)
-            copies[step.key] = tuple(replace(copy, share=copy.share / total) for copy in held)
+            copies[step.key] = tuple(copy._replace(share=copy.share / total) for copy in held)
     return replace(found, copies=copies, steps=tuple(step for step in found.steps if step.key in touched))
 
 

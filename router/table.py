@@ -7,6 +7,7 @@ Shapes: E experts of a layer, C most copies of one expert in that layer.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,11 @@ class ServerAddress:
     address: str  # gRPC host:port
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopyShare:
-    """One live copy: the server's id, and the share of the expert's traffic the planner wants there (0..1]."""
+class CopyShare(NamedTuple):
+    """One live copy: the server's id, and the share of the expert's traffic the planner wants there (0..1].
+
+    A tuple, because tables hold tens of thousands and travel pickled.
+    """
 
     server_id: str
     share: float

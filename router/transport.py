@@ -35,6 +35,7 @@ RECONNECT_FIRST_S = 0.05
 RECONNECT_MOST_S = 2.0
 WATCH_S = 0.1
 PACE_WEIGHT = 0.1  # of the newest answer in a server's pace
+JUDGE_S = 0.1  # paces move slowly, and comparing those of many servers takes as long as planning a dispatch
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -102,6 +103,7 @@ class ServerLink:
         self.usable = True  # until proved otherwise: the first call need not wait for a connection
         self.tokens_in_flight = 0
         self.pace = math.inf  # routed pairs per second while it computes, from its answers
+        self._paced_pairs = self._paced_s = 0.0
         self._hop_timeout_s = hop_timeout_s
         self._on_change = on_change
         self._open: dict[int, _OpenCall] = {}
@@ -235,8 +237,11 @@ class ServerLink:
     def _learn_pace(self, head: expert_pb2.ComputeResponse, call: _OpenCall) -> None:
         if head.compute_s <= 0:
             return
-        pace = call.tokens * max(1.0, head.launch_rows / call.shape[0]) / head.compute_s
-        self.pace = pace if self.pace == math.inf else self.pace + PACE_WEIGHT * (pace - self.pace)
+        pairs = call.tokens * max(1.0, head.launch_rows / call.shape[0])
+        keep = 1 - PACE_WEIGHT
+        self._paced_pairs = keep * self._paced_pairs + pairs
+        self._paced_s = keep * self._paced_s + head.compute_s
+        self.pace = self._paced_pairs / self._paced_s  # of sums: small launches, mostly overhead, count little
 
     def _close(self, call_id: int) -> _OpenCall | None:
         call = self._open.pop(call_id, None)
@@ -276,6 +281,9 @@ class Transport:
         self._on_lost = on_lost
         self._changed = on_change
         self._leaving: dict[ServerLink, asyncio.Task[None]] = {}  # no longer in the table, calls still open
+        self._judged: tuple[ServerAddress, ...] | None = None  # whose speeds these are
+        self._judge_again_s = 0.0
+        self._speed_S: npt.NDArray[np.float64] | None = None
         self._watch = asyncio.get_running_loop().create_task(self._watch_silence())
 
     def update(self, servers: Iterable[ServerAddress]) -> None:
@@ -302,9 +310,13 @@ class Transport:
         """Routed pairs in flight at the servers of a table; links are made before it is used."""
         return np.array([self.links[server.server_id].tokens_in_flight for server in servers], dtype=np.float64)
 
-    def speeds(self, servers: Iterable[ServerAddress]) -> npt.NDArray[np.float64] | None:
-        """Relative speeds of the servers of a table, from their paces; None: all alike."""
-        return relative_speeds(np.array([self.links[server.server_id].pace for server in servers]))
+    def speeds(self, servers: tuple[ServerAddress, ...]) -> npt.NDArray[np.float64] | None:
+        """Relative speeds of the servers of a table, from their paces lately; None: all alike."""
+        now_s = asyncio.get_running_loop().time()
+        if servers is not self._judged or now_s >= self._judge_again_s:
+            self._judged, self._judge_again_s = servers, now_s + JUDGE_S
+            self._speed_S = relative_speeds(np.array([self.links[server.server_id].pace for server in servers]))
+        return self._speed_S
 
     async def close(self) -> None:
         """Close every link at once; open calls fail."""
