@@ -33,7 +33,7 @@ log = logging.getLogger("expertmesh.cluster")
 
 KEEP_S = 30 * 24 * 3600  # Ray ends idle workers early unless it is told how long to keep them
 LOOK_S = 15.0  # not at once: the surge that has called a server needs the processor first
-ROOM_CORES = 0.75  # a starting worker keeps one core busy for seconds
+ROOM_CORES = 0.5  # a starting worker takes more where it can, and there is no room for two on a busy small machine
 _ROOM_S = 1.0
 _TIMEOUT_S = 5.0
 _READY_S = 120.0

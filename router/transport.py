@@ -26,6 +26,7 @@ from protos import expert_pb2
 from protos.codec import decode, encode, read_matrix
 from protos.errors import ExpertmeshError, InternalError, ServerLost, from_proto
 from protos.services import CHANNEL_OPTIONS, compute_stream, status_method
+from router.pace import Pace, relative_speeds
 from router.replicas import message_worth
 from router.table import ServerAddress
 
@@ -34,8 +35,7 @@ log = logging.getLogger("expertmesh.router")
 RECONNECT_FIRST_S = 0.05
 RECONNECT_MOST_S = 2.0
 WATCH_S = 0.1
-PACE_WEIGHT = 0.1  # of the newest answer in a server's pace
-JUDGE_S = 0.1  # paces move slowly, and comparing those of many servers takes as long as planning a dispatch
+JUDGE_S = 0.1  # paces move slowly, and comparing those of many servers takes longer than a small dispatch
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -102,8 +102,7 @@ class ServerLink:
         self.server = server
         self.usable = True  # until proved otherwise: the first call need not wait for a connection
         self.tokens_in_flight = 0
-        self.pace = math.inf  # routed pairs per second while it computes, from its answers
-        self._paced_pairs = self._paced_s = 0.0
+        self.pace = Pace()
         self._hop_timeout_s = hop_timeout_s
         self._on_change = on_change
         self._open: dict[int, _OpenCall] = {}
@@ -227,21 +226,13 @@ class ServerLink:
         if head.HasField("error"):
             reply.error = from_proto(head.error)
         else:
-            self._learn_pace(head, call)
+            if head.compute_s > 0:  # of the whole launch, which may have computed others' rows as well
+                self.pace.learn(call.tokens * max(1.0, head.launch_rows / call.shape[0]), head.compute_s)
             try:
                 reply.partial_RD = read_matrix(payload, head.dtype, call.shape, name="partial")
             except ExpertmeshError as err:
                 reply.error = InternalError(f"server {self.server.server_id} answered nonsense: {err.message}")
         call.inbox.put(reply)
-
-    def _learn_pace(self, head: expert_pb2.ComputeResponse, call: _OpenCall) -> None:
-        if head.compute_s <= 0:
-            return
-        pairs = call.tokens * max(1.0, head.launch_rows / call.shape[0])
-        keep = 1 - PACE_WEIGHT
-        self._paced_pairs = keep * self._paced_pairs + pairs
-        self._paced_s = keep * self._paced_s + head.compute_s
-        self.pace = self._paced_pairs / self._paced_s  # of sums: small launches, mostly overhead, count little
 
     def _close(self, call_id: int) -> _OpenCall | None:
         call = self._open.pop(call_id, None)
@@ -304,7 +295,7 @@ class Transport:
 
     def message_worth(self) -> float:
         """How many routed pairs a message less is worth to the slowest server."""
-        return message_worth(min((link.pace for link in self.links.values()), default=math.inf))
+        return message_worth(min((link.pace.pairs_per_s for link in self.links.values()), default=math.inf))
 
     def loads(self, servers: Iterable[ServerAddress]) -> npt.NDArray[np.float64]:
         """Routed pairs in flight at the servers of a table; links are made before it is used."""
@@ -315,7 +306,8 @@ class Transport:
         now_s = asyncio.get_running_loop().time()
         if servers is not self._judged or now_s >= self._judge_again_s:
             self._judged, self._judge_again_s = servers, now_s + JUDGE_S
-            self._speed_S = relative_speeds(np.array([self.links[server.server_id].pace for server in servers]))
+            paces = [self.links[server.server_id].pace.pairs_per_s for server in servers]
+            self._speed_S = relative_speeds(np.array(paces))
         return self._speed_S
 
     async def close(self) -> None:
@@ -361,16 +353,3 @@ def _describe(err: BaseException) -> str:
     if isinstance(err, grpc.aio.AioRpcError):
         return f"{err.code().name}: {err.details()}"
     return f"{type(err).__name__}: {err}"
-
-
-def relative_speeds(pace_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
-    """Paces (infinite: not known yet) in steps of two around their median, so that equal servers count as equal.
-
-    None if all do.
-    """
-    known_S = np.isfinite(pace_S)
-    if not known_S.any():
-        return None
-    ratio_S = np.where(known_S, pace_S, 1.0) / np.median(pace_S[known_S])
-    step_S = np.where(known_S, np.round(np.log2(ratio_S)), 0.0)
-    return np.asarray(2.0**step_S) if step_S.any() else None

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from router.replicas import SPLIT_TOKENS, choose_copies, fill, stable_order
 from router.table import CopyShare, LayerPlacement, PlacementTable, ServerAddress
-from router.transport import relative_speeds
 from tests.strategies import generators, placements, tables
 
 NUM_EXPERTS = 6
@@ -158,14 +157,6 @@ def test_faster_servers_take_more_of_what_is_too_much() -> None:
         experts((0, 500)), placement, load_S=np.zeros(2), speed_S=speed_S, rng=np.random.default_rng(0)
     )
     assert np.bincount(server_P).tolist() == [100, 400]
-
-
-def test_paces_become_speeds_only_where_they_clearly_differ() -> None:
-    assert relative_speeds(np.array([np.inf, np.inf])) is None
-    assert relative_speeds(np.array([900.0, 1000.0, 1200.0, np.inf])) is None
-    found = relative_speeds(np.array([500.0, 510.0, 2100.0, np.inf]))
-    assert found is not None
-    assert found.tolist() == [1.0, 1.0, 4.0, 1.0]
 
 
 def test_a_large_group_is_cut_into_runs_in_token_order() -> None:
