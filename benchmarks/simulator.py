@@ -8,7 +8,7 @@ day      server-seconds over a diurnal cycle, over those of a clairvoyant cluste
 large    61 layers of 256 experts, as skewed as DeepSeek-V3's, on 32 servers, with a flash crowd and a lost server:
          what a simulated second costs
 reality  three scenarios on a real cluster (Ray, servers paced to a slow device's rate) and simulated: uniform load,
-         a static placement near saturation, a server killed under load. The machine's constants come from an echo,
+         a static placement near saturation, servers killed under load. The machine's constants come from an echo,
          an idle cluster and a server killed without load, before any of them. Only this part takes real time
 """
 

@@ -1,11 +1,15 @@
 """Three scenarios on a real cluster and simulated, with constants of the machine that no scenario was used for.
 
 The cluster is that of `benchmarks.elasticity_stage`: servers paced to a slow device's rate, so that two cores are not
-the limit. Measured by themselves are a hop, by an echo between two processes, and the time until a server is replaced,
-by one killed with next to no load; half of it counts as noticing, half as starting. Servers tell how long their first
-copies took to load. Calibrated is the router's time for a batch and a message, so that an idle cluster's latencies
-agree by construction: its jitter by how far p99 lies above the median, the rest by the median. A launch, control calls
-and plans are the simulator's defaults. Nothing is fitted to the scenarios.
+the limit. Measured by themselves are a hop, by an echo between two processes; a call to the placement, by fetching the
+table while next to nothing is asked for; and the time until a server is replaced, by one killed with as little load;
+half of it counts as noticing, half as starting. Servers tell how long their first copies took to load. Calibrated is
+the router's time for a batch and a message, so that an idle cluster's latencies agree by construction: its jitter by
+how far p99 lies above the median, the rest by the median. A launch and a plan are the simulator's defaults. Nothing is
+fitted to the scenarios.
+
+Servers are killed three times in the scenario of that name: the requests that meet one kill are about one in a hundred,
+so that a p99 over one kill says by chance what they or what the others took.
 """
 
 import asyncio
@@ -52,7 +56,7 @@ Story = Callable[..., Awaitable[Facts]]
 
 SERVERS = 4
 WARM_UP_S = 4.0
-KILL_AFTER_S = 8.0
+KILLS_S = (8.0, 18.0, 28.0)  # after the load began
 IDLE_REQUESTS_PER_S = 4.0
 IDLE_FACTOR = 2.5  # times as long as a scenario: its p99 is used
 WITHIN = 0.2  # of the real cluster's throughput and p99
@@ -76,19 +80,20 @@ def reality(*, seconds: float) -> Facts:
 
         usual, static = make(), make(placement={"max_moves": 0})
         idle = run(usual, _hold, "uniform", IDLE_REQUESTS_PER_S, seconds=IDLE_FACTOR * seconds)
-        replaced = run(usual, _kill, "uniform", IDLE_REQUESTS_PER_S)
+        replaced = run(usual, partial(_kill, kills_s=KILLS_S[:1]), "uniform", IDLE_REQUESTS_PER_S)
         constants = _machine(usual, idle, hop_s, replaced["replaced_s"])
         found: Facts = {"constants": asdict(constants), "idle": idle}
         full = SERVERS * EMULATED_PAIRS_PER_S / PAIRS_PER_REQUEST  # requests per second
         hottest = full * _balance(static, constants)
-        killed = [Fault(at_s=KILL_AFTER_S, server=1)]
-        for name, config, play, pattern, rate, faults in (
+        faults = [Fault(at_s=at_s, server=1) for at_s in KILLS_S]
+        scenarios: Sequence[tuple[str, ClusterConfig, Story, str, float, Sequence[Fault]]] = (
             ("uniform", usual, _hold, "uniform", 0.6 * full, []),
             ("static zipf near saturation", static, _hold, "zipf:1.2", 0.9 * hottest, []),
-            ("a server killed", usual, _kill, "uniform", 0.5 * full, killed),
-        ):
+            ("servers killed", usual, partial(_kill, kills_s=KILLS_S), "uniform", 0.5 * full, faults),
+        )
+        for name, config, play, pattern, rate, lost in scenarios:
             real = run(config, play, pattern, rate)
-            simulated = _simulate(config, constants, pattern, rate, seconds, faults)
+            simulated = _simulate(config, constants, pattern, rate, seconds, lost)
             found[name] = {"requests_per_s": rate, "real": real, "simulated": simulated}
             found[name] |= _compare(real, simulated)
     return found
@@ -100,27 +105,46 @@ async def _hold(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts
     began_s, ended_s = await stage.hold(seconds)
     loaded = [server["loaded"] for server in (await app.status(stage.config.name))["servers"]]
     await stage.drain()
-    return _seen(stage.seen.outcomes, began_s, ended_s) | {"load_bytes_per_s": _rate(loaded)}
+    return _seen(stage.seen.outcomes, began_s, ended_s) | {
+        "load_bytes_per_s": _rate(loaded),
+        "control_s": await _call_s(stage.config.name) / 2,
+    }
 
 
-async def _kill(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
-    """A server killed by its pid; how long until another one holds copies in its place."""
+async def _kill(stage: Stage, *, requests_per_s: float, seconds: float, kills_s: Sequence[float]) -> Facts:
+    """Servers killed by their pids; how long until another one held copies in place of the first."""
+    first_s = stage.now_s()
     stage.offer(requests_per_s * PAIRS_PER_REQUEST)
-    await stage.hold(WARM_UP_S)
-    began_s = stage.now_s()
-    await stage.hold(KILL_AFTER_S - WARM_UP_S)
+    began_s, ended_s = first_s + WARM_UP_S, first_s + WARM_UP_S + seconds
+    replaced_s = [await _lose_one(stage, first_s + at_s, ended_s) for at_s in kills_s]
+    await stage.hold(max(0.0, ended_s - stage.now_s()))
+    await stage.drain()
+    return _seen(stage.seen.outcomes, began_s, ended_s) | {"replaced_s": replaced_s[0]}
+
+
+async def _lose_one(stage: Stage, at_s: float, ended_s: float) -> float:
+    """Kill a server at that moment; seconds until another one holds copies in its place, nan if none does."""
+    await stage.hold(max(0.0, at_s - stage.now_s()))
     before = {server["id"]: server for server in (await app.status(stage.config.name))["servers"]}
     os.kill(before[min(before)]["pid"], signal.SIGKILL)
-    killed_s, replaced_s = stage.now_s(), float("nan")
-    while stage.now_s() < began_s + seconds:
-        if replaced_s != replaced_s:
-            now = (await app.status(stage.config.name))["servers"]
-            if any(server["id"] not in before and server["copies"] for server in now):
-                replaced_s = stage.now_s() - killed_s
+    killed_s = stage.now_s()
+    while stage.now_s() < ended_s:
+        now = (await app.status(stage.config.name))["servers"]
+        if any(server["id"] not in before and server["copies"] for server in now):
+            return stage.now_s() - killed_s
         await asyncio.sleep(0.1)
-    ended_s = stage.now_s()
-    await stage.drain()
-    return _seen(stage.seen.outcomes, began_s, ended_s) | {"replaced_s": replaced_s}
+    return float("nan")
+
+
+async def _call_s(name: str) -> float:
+    """A call to the placement with its answer, the table: the median of some, one after the other."""
+    took = []
+    for _ in range(50):
+        began_s = time.perf_counter()
+        await app.table(name)
+        took.append(time.perf_counter() - began_s)
+        await asyncio.sleep(0.02)
+    return statistics.median(took)
 
 
 def _seen(outcomes: Sequence[Outcome], began_s: float, ended_s: float) -> Facts:
@@ -156,6 +180,7 @@ def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced_s: float
         client_s=2 * hop_s,
         batch_s=0.0,
         message_s=0.0,
+        control_s=idle["control_s"],
         load_bytes_per_s=idle["load_bytes_per_s"],
         start_s=replaced_s / 2,
         replace_s=replaced_s / 2,
@@ -186,7 +211,7 @@ def _balance(config: ClusterConfig, constants: Machine) -> float:
 
 
 def _simulation(
-    config: ClusterConfig, constants: Machine, pattern: str, rate: float, faults: list[Fault]
+    config: ClusterConfig, constants: Machine, pattern: str, rate: float, faults: Sequence[Fault]
 ) -> Simulation:
     spec = read_model(Path(config.model))
     shares = pattern_shares(
@@ -213,7 +238,7 @@ def _simulation(
 
 
 def _simulate(
-    config: ClusterConfig, constants: Machine, pattern: str, rate: float, seconds: float, faults: list[Fault]
+    config: ClusterConfig, constants: Machine, pattern: str, rate: float, seconds: float, faults: Sequence[Fault]
 ) -> Facts:
     """As the real one: a warm-up, then what is due within `seconds`; what is open at the end is answered later."""
     sim = _simulation(config, constants, pattern, rate, faults)

@@ -21,6 +21,7 @@ from cluster.relay import FollowTarget, PublishTargets
 from cluster.router_replica import RouterReplica
 from protos.checkpoint import read_model
 from protos.errors import Unavailable
+from router.table import PlacementTable
 
 PLACEMENT, EXPERT_SERVER, ROUTER = "Placement", "ExpertServer", "Router"
 
@@ -161,6 +162,12 @@ def _is_ready(found: dict[str, Any]) -> bool:
 async def status(name: str) -> dict[str, Any]:
     """The placement's status of a deployed cluster (see `Placement.status`)."""
     found: dict[str, Any] = await direct(serve.get_deployment_handle(PLACEMENT, name)).status.remote()
+    return found
+
+
+async def table(name: str) -> PlacementTable:
+    """The table that a deployed cluster's routers get now."""
+    found: PlacementTable = await direct(serve.get_deployment_handle(PLACEMENT, name)).poll_table.remote(-1, 0.0)
     return found
 
 
