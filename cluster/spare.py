@@ -33,7 +33,8 @@ log = logging.getLogger("expertmesh.cluster")
 
 KEEP_S = 30 * 24 * 3600  # Ray ends idle workers early unless it is told how long to keep them
 LOOK_S = 15.0  # not at once: the surge that has called a server needs the processor first
-ROOM_CORES = 0.5  # a starting worker takes more where it can, and there is no room for two on a busy small machine
+RETRY_S = 3.0  # while there is no room
+ROOM_CORES = 0.6  # a starting worker takes more where it can, and there is no room for two on a busy small machine
 _ROOM_S = 1.0
 _TIMEOUT_S = 5.0
 _READY_S = 120.0
@@ -50,9 +51,14 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
     set_idle_class(os.getpid(), idle=False)  # whoever started this process gently may be gone
     try:
         node = await asyncio.to_thread(_this_node)
+        wait_s = LOOK_S
         while node and any(_fits(pool, node["Resources"]) for pool in pools):
-            await asyncio.sleep(random.uniform(LOOK_S, 2 * LOOK_S))  # servers of a node look one after the other
-            if await asyncio.to_thread(_spare_worker) is None and await asyncio.to_thread(has_room):
+            await asyncio.sleep(random.uniform(wait_s, 2 * wait_s))  # servers of a node look one after the other
+            wait_s = LOOK_S
+            if await asyncio.to_thread(_spare_worker) is None:
+                if not await asyncio.to_thread(has_room):
+                    wait_s = RETRY_S
+                    continue
                 if not await start_spare_worker():
                     return
                 await _start_gently()
@@ -61,9 +67,15 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
 
 
 def has_room() -> bool:
-    """Whether ROOM_CORES of this machine have nothing to do; looks for a second."""
-    share = psutil.cpu_times_percent(interval=_ROOM_S).idle / 100
-    return bool(share * (psutil.cpu_count() or 1) >= ROOM_CORES)
+    """Whether this machine leaves ROOM_CORES unused; looks for a second."""
+    times = psutil.cpu_times_percent(interval=_ROOM_S)
+    stolen = getattr(times, "steal", 0.0)  # given to other machines by the host: waiting would not bring it back
+    return leaves_room(psutil.cpu_count() or 1, (times.idle + stolen) / 100)
+
+
+def leaves_room(cores: int, unused_share: float) -> bool:
+    """Whether another worker can start where this share of the cores' time is unused."""
+    return cores * unused_share >= ROOM_CORES
 
 
 async def start_spare_worker() -> bool:
