@@ -335,7 +335,7 @@ async def test_an_open_loop_keeps_its_rate_whatever_the_answers_do(model: Path) 
 
 
 async def test_lossy_answers_are_checked_on_their_effective_routing(model: Path) -> None:
-    overflow = router_pb2.OverflowPolicy(chain=["next_expert", "drop"], capacity_factor=0.5, max_score_gap=0.02)
+    overflow = router_pb2.OverflowPolicy(chain=["next_expert", "drop"], capacity_factor=1.0, max_score_gap=0.02)
     spec = read_model(model)
     states = {layer: torch.randn(512, DIM, generator=torch.Generator().manual_seed(1)) for layer in spec.layers}
     with mesh(model) as served:
