@@ -139,22 +139,23 @@ class Exchange:
         if pairs_P is not None and not len(pairs_P):
             return
         self._table = table = self._context.snapshot.current  # always the newest: only calls in flight hold an epoch
-        links = self._context.transport.links
+        transport = self._context.transport
+        worth_pairs, speed_S = transport.judge(table.servers)
         plan = plan_dispatch(
             self._decision.expert_TK,
             self._weight_TK,
             table.layer(self._batch.layer),
-            load_S=self._context.transport.loads(table.servers),
+            load_S=transport.loads(table.servers),
             rng=self._context.rng,
             pairs_P=pairs_P,
             excluded_S=self._excluded_mask(),
             capacity=self._decision.capacity,
-            prefer_pairs=self._context.transport.message_worth(),
-            speed_S=self._context.transport.speeds(table.servers),
+            prefer_pairs=worth_pairs,
+            speed_S=speed_S,
         )
         max_rows = max(1, self._context.config.chunk_bytes // row_bytes(self._x_TL))
         for dispatch in plan.dispatches:
-            link = links[table.servers[dispatch.server].server_id]
+            link = transport.links[table.servers[dispatch.server].server_id]
             for block in split_rows(dispatch, max_rows):
                 self._send_block(block, link, self._deadline_s() - time.monotonic())
         if len(plan.unplaced_P):
@@ -163,10 +164,9 @@ class Exchange:
     def _send_block(self, block: Dispatch, link: ServerLink, timeout_s: float) -> None:
         x_TL, dtype = self._x_TL, WIRE_DTYPES[self._x_TL.dtype]
         partial_dtype = dtype if self._context.config.partial_dtype == "model" else WIRE_DTYPES[torch.float32]
-        epoch = self._table.epoch
         head = expert_pb2.ComputeRequest(
             layer=self._batch.layer,
-            epoch=epoch,
+            epoch=self._table.epoch,
             num_rows=len(block.row_R),
             dtype=dtype,
             partial_dtype=partial_dtype,
@@ -176,9 +176,9 @@ class Exchange:
             pair_weight=block.pair_weight_P.tobytes(),
         )
         words_RL = self._words_TL if len(block.row_R) == len(x_TL) else self._words_TL[block.row_R]
-        sent = _Sent(dispatch=block, link=link, epoch=epoch, call_id=0)
+        sent = _Sent(dispatch=block, link=link, epoch=head.epoch, call_id=0)
         self._in_flight[id(sent)] = sent
-        self._context.snapshot.hold(epoch)
+        self._context.snapshot.hold(sent.epoch)
         sent.call_id = link.send(head, memoryview(words_RL).cast("B"), dim=x_TL.shape[1], inbox=self._inbox, tag=sent)
 
     async def _compute_shared(self) -> None:

@@ -8,14 +8,15 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-_WEIGHT = 0.1  # of the newest answer
+_MEMORY_S = 1.0  # of computing: what was longer ago hardly counts
 
 
-class Pace:
-    """Routed pairs per second of one server while it computes: the pairs of its launches over their seconds, the newest
+class ServerPace:
+    """Routed pairs per second of one server while it computes: pairs over seconds of its answers' launches, the newest
     counting most.
 
-    Small launches are mostly overhead and say little about how fast a server is; in a ratio of sums they count little.
+    Small launches are mostly overhead and say little about how fast a server is. In a ratio of sums they count little,
+    and as what is old fades by computing time, many of them do not push a large one out.
     """
 
     def __init__(self) -> None:
@@ -28,8 +29,9 @@ class Pace:
 
     def learn(self, pairs: float, seconds: float) -> None:
         """A launch of so many pairs took `seconds` > 0."""
-        self._pairs = (1 - _WEIGHT) * self._pairs + pairs
-        self._seconds = (1 - _WEIGHT) * self._seconds + seconds
+        keep = math.exp(-seconds / _MEMORY_S)
+        self._pairs = keep * self._pairs + pairs
+        self._seconds = keep * self._seconds + seconds
 
 
 def relative_speeds(pace_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:

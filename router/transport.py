@@ -26,7 +26,7 @@ from protos import expert_pb2
 from protos.codec import decode, encode, read_matrix
 from protos.errors import ExpertmeshError, InternalError, ServerLost, from_proto
 from protos.services import CHANNEL_OPTIONS, compute_stream, status_method
-from router.pace import Pace, relative_speeds
+from router.pace import ServerPace, relative_speeds
 from router.replicas import message_worth
 from router.table import ServerAddress
 
@@ -102,7 +102,7 @@ class ServerLink:
         self.server = server
         self.usable = True  # until proved otherwise: the first call need not wait for a connection
         self.tokens_in_flight = 0
-        self.pace = Pace()
+        self.pace = ServerPace()
         self._hop_timeout_s = hop_timeout_s
         self._on_change = on_change
         self._open: dict[int, _OpenCall] = {}
@@ -272,9 +272,9 @@ class Transport:
         self._on_lost = on_lost
         self._changed = on_change
         self._leaving: dict[ServerLink, asyncio.Task[None]] = {}  # no longer in the table, calls still open
-        self._judged: tuple[ServerAddress, ...] | None = None  # whose speeds these are
+        self._judged: tuple[ServerAddress, ...] | None = None  # whose paces the verdict is of
         self._judge_again_s = 0.0
-        self._speed_S: npt.NDArray[np.float64] | None = None
+        self._verdict: tuple[float, npt.NDArray[np.float64] | None] = (message_worth(math.inf), None)
         self._watch = asyncio.get_running_loop().create_task(self._watch_silence())
 
     def update(self, servers: Iterable[ServerAddress]) -> None:
@@ -293,22 +293,19 @@ class Transport:
                 wanted[server_id], hop_timeout_s=self._hop_timeout_s, on_change=self._on_link_change
             )
 
-    def message_worth(self) -> float:
-        """How many routed pairs a message less is worth to the slowest server."""
-        return message_worth(min((link.pace.pairs_per_s for link in self.links.values()), default=math.inf))
-
     def loads(self, servers: Iterable[ServerAddress]) -> npt.NDArray[np.float64]:
         """Routed pairs in flight at the servers of a table; links are made before it is used."""
         return np.array([self.links[server.server_id].tokens_in_flight for server in servers], dtype=np.float64)
 
-    def speeds(self, servers: tuple[ServerAddress, ...]) -> npt.NDArray[np.float64] | None:
-        """Relative speeds of the servers of a table, from their paces lately; None: all alike."""
+    def judge(self, servers: tuple[ServerAddress, ...]) -> tuple[float, npt.NDArray[np.float64] | None]:
+        """What the paces of a table's servers say, lately: how many routed pairs a message less is worth to the slowest
+        one, and their relative speeds (None: all alike)."""
         now_s = asyncio.get_running_loop().time()
         if servers is not self._judged or now_s >= self._judge_again_s:
             self._judged, self._judge_again_s = servers, now_s + JUDGE_S
-            paces = [self.links[server.server_id].pace.pairs_per_s for server in servers]
-            self._speed_S = relative_speeds(np.array(paces))
-        return self._speed_S
+            pace_S = np.array([self.links[server.server_id].pace.pairs_per_s for server in servers])
+            self._verdict = (message_worth(float(pace_S.min(initial=math.inf))), relative_speeds(pace_S))
+        return self._verdict
 
     async def close(self) -> None:
         """Close every link at once; open calls fail."""

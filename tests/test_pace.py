@@ -5,27 +5,27 @@ import math
 import numpy as np
 import pytest
 
-from router.pace import Pace, relative_speeds
+from router.pace import ServerPace, relative_speeds
 
 
 def test_an_unknown_pace_is_infinite_and_the_first_answer_sets_it() -> None:
-    pace = Pace()
+    pace = ServerPace()
     assert pace.pairs_per_s == math.inf
     pace.learn(100, 0.5)
     assert pace.pairs_per_s == pytest.approx(200)
 
 
 def test_small_launches_do_not_make_a_server_look_slow() -> None:
-    pace = Pace()
-    for _ in range(200):  # 1 ms of overhead, 1,000 pairs/s: one large launch to three of a pair
+    pace = ServerPace()
+    for _ in range(20):  # 1 ms of overhead, 1,000 pairs/s: a large launch, then a hundred of one pair
         pace.learn(500, 0.001 + 0.5)
-        for _ in range(3):
+        for _ in range(100):
             pace.learn(1, 0.001 + 0.001)
-    assert pace.pairs_per_s == pytest.approx(1000, rel=0.02)
+    assert pace.pairs_per_s > 800
 
 
 def test_a_pace_follows_a_server_that_slows_down() -> None:
-    pace = Pace()
+    pace = ServerPace()
     for rate in (1000, 250):
         for _ in range(50):
             pace.learn(100, 100 / rate)
