@@ -27,7 +27,7 @@ from router.table import PlacementTable, empty_table
 
 log = logging.getLogger("expertmesh.router")
 
-PAUSE_PER_COPY_S = 10e-6  # after a table: to send one and take it up costs both sides some 3 us per copy
+PAUSE_PER_EXPERT_S = 10e-6  # after a table: to send one and take it up costs both sides some 3 us for each expert in it
 ACK_POLL_S = 0.01  # how often a router that has to acknowledge looks whether its old batches are done
 
 
@@ -145,7 +145,7 @@ class RouterReplica:
             self._server.update(table)
             log.info("table %d: %d servers", table.epoch, len(table.servers))
             self._beat_now.set()
-            await asyncio.sleep(PAUSE_PER_COPY_S * len(table.copies))  # a large re-placement publishes many
+            await asyncio.sleep(PAUSE_PER_EXPERT_S * len(table.copies))  # a large re-placement publishes many
 
     async def _report_lost(self) -> None:
         server_id, reason = await self._lost.get()

@@ -2,7 +2,8 @@
 
 What is exact: the fleet's states and epochs (`cluster.fleet`), load estimation (`cluster.load`, `cluster.awaited`),
 plans (`cluster.planner`), the number of servers (`cluster.pools`). What is modelled: calls take `control_s`, a plan
-takes `plan_s`, a new server registers after `start_s`; of several servers Serve may stop, the youngest goes.
+takes `plan_s`, a new server registers after `start_s`; of several servers Serve may stop, the youngest goes; routers
+tell of absent experts with their next heartbeat, where real ones beat at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence

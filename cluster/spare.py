@@ -55,10 +55,12 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
         while node and any(_fits(pool, node["Resources"]) for pool in pools):
             await asyncio.sleep(random.uniform(wait_s, 2 * wait_s))  # servers of a node look one after the other
             wait_s = LOOK_S
-            if await asyncio.to_thread(_spare_worker) is None:
-                if not await asyncio.to_thread(has_room):
-                    wait_s = RETRY_S
-                    continue
+            if await asyncio.to_thread(_spare_worker) is not None:
+                continue
+            if not await asyncio.to_thread(has_room):
+                wait_s = RETRY_S
+                continue
+            if await asyncio.to_thread(_spare_worker) is None:  # still: others of this node look for room as well
                 if not await start_spare_worker():
                     return
                 await _start_gently()
@@ -69,12 +71,12 @@ async def keep_spare_worker(pools: Sequence[PoolConfig]) -> None:
 def has_room() -> bool:
     """Whether this machine leaves ROOM_CORES unused; looks for a second."""
     times = psutil.cpu_times_percent(interval=_ROOM_S)
-    stolen = getattr(times, "steal", 0.0)  # given to other machines by the host: waiting would not bring it back
-    return leaves_room(psutil.cpu_count() or 1, (times.idle + stolen) / 100)
+    stolen = getattr(times, "steal", 0.0)  # given to other machines by the host
+    return leaves_room(psutil.cpu_count() or 1, times.idle / max(100 - stolen, 1))
 
 
 def leaves_room(cores: int, unused_share: float) -> bool:
-    """Whether another worker can start where this share of the cores' time is unused."""
+    """Whether another worker can start where this share of the time that the cores were given was not used."""
     return cores * unused_share >= ROOM_CORES
 
 

@@ -42,6 +42,7 @@ async def test_the_next_process_of_a_node_is_the_spare_one(ray_cluster: str) -> 
 def test_a_worker_starts_only_where_more_than_half_a_core_is_unused() -> None:
     assert isinstance(has_room(), bool)
     assert leaves_room(cores=2, unused_share=0.35)
+    assert leaves_room(cores=1, unused_share=1.0)
     assert not leaves_room(cores=2, unused_share=0.25)  # one gentle start on a busy machine leaves less
     assert leaves_room(cores=64, unused_share=0.01)
     assert not leaves_room(cores=64, unused_share=0.0)
