@@ -2,7 +2,7 @@
 
 The cluster is that of `benchmarks.elasticity_stage`: servers paced to a slow device's rate, so that two cores are not
 the limit. Measured by themselves are a hop, by an echo between two processes; a call to the placement, by fetching the
-table while next to nothing is asked for; and the time until a server is replaced, by one killed with as little load;
+table while next to nothing is asked for; and the time until a server is replaced, by some killed with as little load;
 half of it counts as noticing, half as starting. Servers tell how long their first copies took to load. Calibrated is
 the router's time for a batch and a message, so that an idle cluster's latencies agree by construction: its jitter by
 how far p99 lies above the median, the rest by the median. A launch and a plan are the simulator's defaults. Nothing is
@@ -14,7 +14,6 @@ so that a p99 over one kill says by chance what they or what the others took.
 
 import asyncio
 import json
-import math
 import os
 import signal
 import statistics
@@ -57,6 +56,7 @@ Story = Callable[..., Awaitable[Facts]]
 SERVERS = 4
 WARM_UP_S = 4.0
 KILLS_S = (8.0, 18.0, 28.0)  # after the load began
+REPLACED_WITHIN_S = 10.0  # a kill may need it all
 IDLE_REQUESTS_PER_S = 4.0
 IDLE_FACTOR = 2.5  # times as long as a scenario: its p99 is used
 WITHIN = 0.2  # of the real cluster's throughput and p99
@@ -79,21 +79,21 @@ def reality(*, seconds: float) -> Facts:
             return {**told, "account": account}
 
         usual, static = make(), make(placement={"max_moves": 0})
-        idle = run(usual, _hold, "uniform", IDLE_REQUESTS_PER_S, seconds=IDLE_FACTOR * seconds)
-        replaced = run(usual, partial(_kill, kills_s=KILLS_S[:1]), "uniform", IDLE_REQUESTS_PER_S)
-        constants = _machine(usual, idle, hop_s, replaced["replaced_s"])
+        idle = run(usual, _idle, "uniform", IDLE_REQUESTS_PER_S, seconds=IDLE_FACTOR * seconds)
+        kill = partial(_kill, kills_s=kills_within(seconds))
+        replaced = run(usual, kill, "uniform", IDLE_REQUESTS_PER_S)
+        constants = _machine(usual, idle, hop_s, statistics.median(replaced["replaced_s"]))
         found: Facts = {"constants": asdict(constants), "idle": idle}
         full = SERVERS * EMULATED_PAIRS_PER_S / PAIRS_PER_REQUEST  # requests per second
         hottest = full * _balance(static, constants)
-        faults = [Fault(at_s=at_s, server=1) for at_s in KILLS_S]
-        scenarios: Sequence[tuple[str, ClusterConfig, Story, str, float, Sequence[Fault]]] = (
-            ("uniform", usual, _hold, "uniform", 0.6 * full, []),
-            ("static zipf near saturation", static, _hold, "zipf:1.2", 0.9 * hottest, []),
-            ("servers killed", usual, partial(_kill, kills_s=KILLS_S), "uniform", 0.5 * full, faults),
-        )
-        for name, config, play, pattern, rate, lost in scenarios:
+        for name, config, play, pattern, rate in (
+            ("uniform", usual, _hold, "uniform", 0.6 * full),
+            ("static zipf near saturation", static, _hold, "zipf:1.2", 0.9 * hottest),
+            ("servers killed", usual, kill, "uniform", 0.5 * full),
+        ):
             real = run(config, play, pattern, rate)
-            simulated = _simulate(config, constants, pattern, rate, seconds, lost)
+            faults = [Fault(at_s=at_s, server=0) for at_s in real.get("killed_s", ())]  # the oldest one each time
+            simulated = _simulate(config, constants, pattern, rate, seconds, faults)
             found[name] = {"requests_per_s": rate, "real": real, "simulated": simulated}
             found[name] |= _compare(real, simulated)
     return found
@@ -103,37 +103,53 @@ async def _hold(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts
     stage.offer(requests_per_s * PAIRS_PER_REQUEST)
     await stage.hold(WARM_UP_S)
     began_s, ended_s = await stage.hold(seconds)
-    loaded = [server["loaded"] for server in (await app.status(stage.config.name))["servers"]]
     await stage.drain()
-    return _seen(stage.seen.outcomes, began_s, ended_s) | {
-        "load_bytes_per_s": _rate(loaded),
-        "control_s": await _call_s(stage.config.name) / 2,
-    }
+    return _seen(stage.seen.outcomes, began_s, ended_s)
+
+
+async def _idle(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
+    """As `_hold`, and what the machine's constants need."""
+    found = await _hold(stage, requests_per_s=requests_per_s, seconds=seconds)
+    loaded = [server["loaded"] for server in (await app.status(stage.config.name))["servers"]]
+    return found | {"load_bytes_per_s": _rate(loaded), "control_s": await _call_s(stage.config.name) / 2}
+
+
+def kills_within(seconds: float) -> list[float]:
+    """The kills of a scenario of that length, in seconds from its start; after each is time for a replacement."""
+    return [at_s for at_s in KILLS_S if at_s + REPLACED_WITHIN_S <= WARM_UP_S + seconds] or [WARM_UP_S]
 
 
 async def _kill(stage: Stage, *, requests_per_s: float, seconds: float, kills_s: Sequence[float]) -> Facts:
-    """Servers killed by their pids; how long until another one held copies in place of the first."""
+    """Servers killed by their pids, each time another one of the first; when, and how long until each was replaced."""
     first_s = stage.now_s()
     stage.offer(requests_per_s * PAIRS_PER_REQUEST)
     began_s, ended_s = first_s + WARM_UP_S, first_s + WARM_UP_S + seconds
-    replaced_s = [await _lose_one(stage, first_s + at_s, ended_s) for at_s in kills_s]
+    victims = (await app.status(stage.config.name))["servers"]
+    killed_s, replaced_s = [], []
+    for at_s, victim in zip(kills_s, victims, strict=False):
+        await stage.hold(max(0.0, first_s + at_s - stage.now_s()))
+        known = {server["id"] for server in (await app.status(stage.config.name))["servers"]}
+        os.kill(victim["pid"], signal.SIGKILL)
+        killed_s.append(stage.now_s() - first_s)
+        replaced_s.append(await _replaced_s(stage, known, ended_s))
     await stage.hold(max(0.0, ended_s - stage.now_s()))
     await stage.drain()
-    return _seen(stage.seen.outcomes, began_s, ended_s) | {"replaced_s": replaced_s[0]}
+    return _seen(stage.seen.outcomes, began_s, ended_s) | {"killed_s": killed_s, "replaced_s": replaced_s}
 
 
-async def _lose_one(stage: Stage, at_s: float, ended_s: float) -> float:
-    """Kill a server at that moment; seconds until another one holds copies in its place, nan if none does."""
-    await stage.hold(max(0.0, at_s - stage.now_s()))
-    before = {server["id"]: server for server in (await app.status(stage.config.name))["servers"]}
-    os.kill(before[min(before)]["pid"], signal.SIGKILL)
-    killed_s = stage.now_s()
+async def _replaced_s(stage: Stage, known: set[str], ended_s: float) -> float:
+    """Seconds until a server that was not known holds copies.
+
+    Raises:
+        RuntimeError: none did before the end.
+    """
+    began_s = stage.now_s()
     while stage.now_s() < ended_s:
         now = (await app.status(stage.config.name))["servers"]
-        if any(server["id"] not in before and server["copies"] for server in now):
-            return stage.now_s() - killed_s
+        if any(server["id"] not in known and server["copies"] for server in now):
+            return stage.now_s() - began_s
         await asyncio.sleep(0.1)
-    return float("nan")
+    raise RuntimeError("no server held copies in place of the killed one before the end")
 
 
 async def _call_s(name: str) -> float:
@@ -166,13 +182,7 @@ def _rate(loaded: Sequence[Mapping[str, Facts]]) -> float:
 
 def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced_s: float) -> Machine:
     """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
-    the messages to and from every server, and jitter.
-
-    Raises:
-        RuntimeError: the killed server was not replaced.
-    """
-    if math.isnan(replaced_s):
-        raise RuntimeError("replaced_s is not known: no server held copies in place of the killed one before the end")
+    the messages to and from every server, and jitter."""
     bare = Machine(
         pairs_per_s=EMULATED_PAIRS_PER_S,
         emulated=True,

@@ -1,13 +1,11 @@
-"""The simulator's benchmark: its baseline keeps the promise, and its constants are there before they are used."""
+"""The simulator's benchmark: its baseline keeps the promise, and what is killed can be replaced."""
 
-import math
 from collections.abc import Callable
 
 import pytest
 
-from benchmarks import simulator_reality
 from benchmarks.simulator import LONGEST_S, UTILISATIONS, cheapest_clairvoyant
-from cluster.config import parse_config
+from benchmarks.simulator_reality import REPLACED_WITHIN_S, WARM_UP_S, kills_within
 from cluster.sim_control import Foresight
 
 
@@ -24,8 +22,8 @@ def test_the_cheapest_clairvoyant_is_never_one_that_breaks_the_promise() -> None
         cheapest_clairvoyant(day(set(UTILISATIONS)), lead_s=4.0)
 
 
-def test_a_server_that_was_not_replaced_is_no_measurement() -> None:
-    with pytest.raises(RuntimeError, match="replaced_s is not known: no server held copies in place of the killed one"):
-        simulator_reality._machine(
-            parse_config({"model": "m"}), {"p50_s": 0.04, "p99_s": 0.05, "load_bytes_per_s": 1e6}, 0.001, math.nan
-        )
+@pytest.mark.parametrize(("seconds", "kills"), [(6.0, 1), (20.0, 1), (30.0, 2), (40.0, 3)])
+def test_kills_leave_time_for_a_replacement(seconds: float, kills: int) -> None:
+    kills_s = kills_within(seconds)
+    assert len(kills_s) == kills
+    assert all(WARM_UP_S <= at_s <= WARM_UP_S + seconds - min(seconds, REPLACED_WITHIN_S) for at_s in kills_s)
