@@ -3,7 +3,9 @@
     python -m benchmarks.elasticity [--only a,b,c,d] [--short] [--out FILE]
 
 Every arm is a cluster of its own on a Ray of its own (local, fake GPU nodes) whose servers are paced to a slow device's
-rate. It gets an open-loop load, and requests are judged by when they were due. Fixed before anything is measured:
+rate. It gets an open-loop load, and requests are judged by when they were due. An arm during which the host gave more
+than 0.1 cores to other machines is repeated, at most twice; the one with the least of that counts, and what was stolen
+in every attempt is in its account. Fixed before anything is measured:
 
     SLO      4 times the p50 latency of the cluster at 5 % load, uniform (measured first)
     load     60 % of what the servers can compute, zipf(1.2) over 32 experts of one layer, top-2

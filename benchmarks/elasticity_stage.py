@@ -45,6 +45,8 @@ CORES_PER_NODE = 1  # Ray starts a Python worker ahead for each
 CALM_BUSY = 0.7  # of the machine's cores, for CALM_S: half of them Ray's many processes take always
 CALM_S = 2.0
 CALM_TIMEOUT_S = 240.0
+STOLEN_CORES = 0.1  # given to other machines by the host: with more, what is late says little about us
+ATTEMPTS = 3
 CHECK_SHARE = 0.1
 TIMEOUT_S = 15.0
 MAX_OPEN = 1500
@@ -180,10 +182,32 @@ def perform(
 ) -> tuple[Told, dict[str, Any]]:
     """Start a Ray, deploy, run `story` under load, end all; returns what it told, and the account of the whole arm.
 
+    Where other machines on the host took more than STOLEN_CORES meanwhile, it is done again; the least disturbed one
+    counts, whatever it told.
+
     Args:
         pattern: of the load, see `cluster.patterns`.
         seed: of the load.
     """
+    return least_disturbed(lambda: _attempt(config, pattern, seed, story))
+
+
+def least_disturbed(attempt: Callable[[], tuple[Told, dict[str, Any]]]) -> tuple[Told, dict[str, Any]]:
+    """What came of the attempt with the least stolen of the machine: the first with little of that, or of ATTEMPTS."""
+    tried: list[tuple[Told, dict[str, Any]]] = []
+    while len(tried) < ATTEMPTS and (not tried or _stolen(tried[-1]) > STOLEN_CORES):
+        tried.append(attempt())
+    told, account = min(tried, key=_stolen)
+    return told, account | {"stolen_in_attempts": [_stolen(each) for each in tried]}
+
+
+def _stolen(tried: tuple[Any, Mapping[str, Any]]) -> float:
+    return float(tried[1]["cores_busy"]["stolen"])
+
+
+def _attempt(
+    config: ClusterConfig, pattern: str, seed: int, story: Callable[[Stage], Awaitable[Told]]
+) -> tuple[Told, dict[str, Any]]:
     most = config.experts.max_servers
     nodes = NodeScaling(min_nodes=most, max_nodes=most, cpus_per_node=CORES_PER_NODE, idle_s=3600.0)
     with ExitStack() as stack:

@@ -26,6 +26,7 @@ from benchmarks.elasticity_slo import (
     servers_needed,
     violations,
 )
+from benchmarks.elasticity_stage import ATTEMPTS, STOLEN_CORES, least_disturbed
 from benchmarks.elasticity_stock import StockPolicy
 from cluster.loadgen import Sample
 from router.ledger import RequestLedger
@@ -139,6 +140,25 @@ class Status(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+@pytest.mark.parametrize(
+    ("stolen", "counts", "attempts"),
+    [([0.0], 0, 1), ([STOLEN_CORES], 0, 1), ([0.4, 0.05], 1, 2), ([0.4, 0.2, 0.3], 1, ATTEMPTS)],
+)
+def test_an_arm_is_repeated_while_other_machines_take_the_cores(
+    stolen: list[float], counts: int, attempts: int
+) -> None:
+    left = iter(enumerate(stolen))
+
+    def attempt() -> tuple[int, dict[str, object]]:
+        number, cores = next(left)
+        return number, {"failed": 0, "cores_busy": {"stolen": cores}}
+
+    told, account = least_disturbed(attempt)
+    assert told == counts
+    assert account["stolen_in_attempts"] == stolen
+    assert len(stolen) == attempts
 
 
 def test_the_stock_policy_is_serves_formula_on_the_open_calls() -> None:
