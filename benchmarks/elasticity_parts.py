@@ -41,8 +41,8 @@ class Lengths:
     onsets_server: int = 5
     before_server_s: float = 20.0
     after_server_s: float = 18.0
-    steady_s: float = 20.0
-    replacements: int = 30
+    steady_s: float = 40.0
+    replacements: int = 90
     replacement_s: float = 3.0
     period_s: float = 100.0
     periods: int = 2

@@ -32,7 +32,7 @@ from cluster.config import PoolConfig
 log = logging.getLogger("expertmesh.cluster")
 
 KEEP_S = 30 * 24 * 3600  # Ray ends idle workers early unless it is told how long to keep them
-LOOK_S = 15.0  # not at once: the surge that has called a server needs the processor first
+LOOK_S = 5.0  # not at once: the surge that has called a server needs the processor first; but while the server lives
 RETRY_S = 3.0  # while there is no room
 ROOM_CORES = 0.6  # a starting worker takes more where it can, and there is no room for two on a busy small machine
 _ROOM_S = 1.0
