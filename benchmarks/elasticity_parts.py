@@ -135,7 +135,7 @@ async def onsets_for_a_server(
 async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) -> Facts:
     """Part c: re-placements, loaded to their last copy, one after another, at a load that needs none of them.
 
-    `during` are the requests that were open while copies were on their way.
+    `during` are the requests that were open while copies were on their way, `moving` all while the hot spot moved.
     """
     stage.offer(pairs_per_s)
     await stage.hold(lengths.warm_up_s)
@@ -153,8 +153,11 @@ async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) ->
     await stage.drain()
     placed = stage.seen.events_between(steady[1], ended_s, "placed")
     spans = [(event["at_s"] - event["took_s"], event["at_s"]) for event in placed]
-    met = [o for o in due_between(stage.seen.outcomes, steady[1], ended_s) if _overlaps(o, spans)]
-    before, during = latencies(due_between(stage.seen.outcomes, *steady)), latencies(met)
+    moving = due_between(stage.seen.outcomes, steady[1], ended_s)
+    before, during = (
+        latencies(due_between(stage.seen.outcomes, *steady)),
+        latencies([o for o in moving if _overlaps(o, spans)]),
+    )
     return {
         "offered_pairs_per_s": pairs_per_s,
         "replacements": done(),
@@ -163,8 +166,22 @@ async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) ->
         "hot_spot_moves": moves,
         "before": before,
         "during": during,
+        "moving": latencies(moving),
         "p99_ratio": during["p99_s"] / before["p99_s"] if during["p99_s"] and before["p99_s"] else None,
     }
+
+
+async def hot_spot_alone(stage: Stage, lengths: Lengths, *, moves: int, pairs_per_s: float) -> Facts:
+    """What part c's requests would meet without any re-placement: to be told on a static placement."""
+    stage.offer(pairs_per_s)
+    await stage.hold(lengths.warm_up_s)
+    began_s = stage.now_s()
+    for _ in range(moves):
+        stage.move()
+        await stage.hold(lengths.replacement_s)
+    ended_s = stage.now_s()
+    await stage.drain()
+    return {"moving": latencies(due_between(stage.seen.outcomes, began_s, ended_s))}
 
 
 async def diurnal(
