@@ -2,11 +2,11 @@
 
 The cluster is that of `benchmarks.elasticity_stage`: servers paced to a slow device's rate, so that two cores are not
 the limit. Measured by themselves are a hop, by an echo between two processes; a call to the placement, by fetching the
-table while next to nothing is asked for; and the time until a server is replaced, by some killed with as little load;
-half of it counts as noticing, half as starting. Servers tell how long their first copies took to load. Calibrated is
-the router's time for a batch and a message, so that an idle cluster's latencies agree by construction: its jitter by
-how far p99 lies above the median, the rest by the median. A launch and a plan are the simulator's defaults. Nothing is
-fitted to the scenarios.
+table while next to nothing is asked for; and, by servers killed with as little load, the time until routers notice and
+until one is replaced (half of it until a replacement is asked for, half as starting). Servers tell how long their first
+copies took to load. Calibrated is the router's time for a batch and a message, so that an idle cluster's latencies
+agree by construction: its jitter by how far p99 lies above the median, the rest by the median. A launch and a plan are
+the simulator's defaults. Nothing is fitted to the scenarios.
 
 Servers are killed three times in the scenario of that name: the requests that meet one kill are about one in a hundred,
 so that a p99 over one kill says by chance what they or what the others took.
@@ -82,7 +82,7 @@ def reality(*, seconds: float) -> Facts:
         idle = run(usual, _idle, "uniform", IDLE_REQUESTS_PER_S, seconds=IDLE_FACTOR * seconds)
         kill = partial(_kill, kills_s=kills_within(seconds))
         replaced = run(usual, kill, "uniform", IDLE_REQUESTS_PER_S)
-        constants = _machine(usual, idle, hop_s, statistics.median(replaced["replaced_s"]))
+        constants = _machine(usual, idle, hop_s, replaced)
         found: Facts = {"constants": asdict(constants), "idle": idle}
         full = SERVERS * EMULATED_PAIRS_PER_S / PAIRS_PER_REQUEST  # requests per second
         hottest = full * _balance(static, constants)
@@ -134,7 +134,10 @@ async def _kill(stage: Stage, *, requests_per_s: float, seconds: float, kills_s:
         replaced_s.append(await _replaced_s(stage, known, ended_s))
     await stage.hold(max(0.0, ended_s - stage.now_s()))
     await stage.drain()
-    return _seen(stage.seen.outcomes, began_s, ended_s) | {"killed_s": killed_s, "replaced_s": replaced_s}
+    lost = [event["at_s"] for event in stage.seen.events_between(first_s, ended_s, "server_lost")]
+    noticed_s = [min(at_s for at_s in lost if at_s >= first_s + died_s) - first_s - died_s for died_s in killed_s]
+    found = _seen(stage.seen.outcomes, began_s, ended_s)
+    return found | {"killed_s": killed_s, "noticed_s": noticed_s, "replaced_s": replaced_s}
 
 
 async def _replaced_s(stage: Stage, known: set[str], ended_s: float) -> float:
@@ -180,9 +183,10 @@ def _rate(loaded: Sequence[Mapping[str, Facts]]) -> float:
     return float(sum(source["bytes"] for source in sources) / sum(source["seconds"] for source in sources))
 
 
-def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced_s: float) -> Machine:
+def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Facts) -> Machine:
     """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
     the messages to and from every server, and jitter."""
+    replaced_s = statistics.median(replaced["replaced_s"])
     bare = Machine(
         pairs_per_s=EMULATED_PAIRS_PER_S,
         emulated=True,
@@ -192,6 +196,7 @@ def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced_s: float
         message_s=0.0,
         control_s=idle["control_s"],
         load_bytes_per_s=idle["load_bytes_per_s"],
+        notice_s=statistics.median(replaced["noticed_s"]),
         start_s=replaced_s / 2,
         replace_s=replaced_s / 2,
     )

@@ -34,6 +34,7 @@ class Machine:
             exponential distribution.
         control_s: a call between placement and others, one way.
         start_s: from asking for a server until it registers: node and process.
+        notice_s: from a server's death until routers know: its memory is freed before its connections are closed.
         replace_s: from a server's death until its replacement is asked for.
         load_bytes_per_s: at which a server loads copies.
         plan_s: from a planner's input to its plan.
@@ -49,6 +50,7 @@ class Machine:
     jitter_s: float = 0.0
     control_s: float = 0.003
     start_s: float = 3.0
+    notice_s: float = 0.1
     replace_s: float = 1.0
     load_bytes_per_s: float = 1e9
     plan_s: float = 0.02

@@ -43,7 +43,7 @@ VISITS_PER_S = 400.0  # requests times visits in one simulated second that `choo
 class Fault:
     """At `at_s` the `server`-th running server (0 is the oldest) is lost.
 
-    "kill": its connections break, so routers notice at once. "silent": they notice after hop_timeout_s.
+    "kill": its connections break, so routers notice after the machine's notice_s. "silent": after hop_timeout_s.
     """
 
     at_s: float
@@ -269,7 +269,8 @@ class Simulation:
         server_id = running[fault.server]
         self.pool.lose(server_id)
         self._say(f"{server_id} lost ({fault.kind})")
-        notice_s = self._config.router.settings.hop_timeout_s if fault.kind == "silent" else self._machine.hop_s
+        silent_s, machine = self._config.router.settings.hop_timeout_s, self._machine
+        notice_s = silent_s if fault.kind == "silent" else machine.notice_s
         self._clock.after(notice_s, self._cut_off, self._servers[server_id], fault.kind)
 
     def _cut_off(self, server: SimServer, reason: str) -> None:

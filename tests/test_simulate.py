@@ -153,6 +153,17 @@ def test_rows_of_a_lost_server_are_computed_elsewhere(kind: Any) -> None:
     assert found["timeline"][-1]["servers"] == 3
 
 
+def test_what_met_a_killed_server_waits_until_routers_notice() -> None:
+    fault = Fault(at_s=1.003, server=0)
+    soon_s, late_s = (
+        simulate(config(), workload(rate=100.0), 3.0, faults=[fault], machine=replace(MACHINE, notice_s=notice_s))[
+            "latency_s"
+        ]["max"]
+        for notice_s in (0.0, 0.5)
+    )
+    assert late_s - soon_s == pytest.approx(0.5, abs=0.1)
+
+
 def test_a_hot_spot_gets_more_copies_and_latency_recovers_as_no_static_placement_does() -> None:
     load = workload("hot:1:0.45", 150.0, move="jump", every_s=5.0)
     follows, stays = (simulate(config(), load, 10.0, static=static, slo_s=0.15) for static in (False, True))
