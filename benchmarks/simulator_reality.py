@@ -2,11 +2,12 @@
 
 The cluster is that of `benchmarks.elasticity_stage`: servers paced to a slow device's rate, so that two cores are not
 the limit. Measured by themselves are a hop, by an echo between two processes; a call to the placement, by fetching the
-table while next to nothing is asked for; and, by servers killed with as little load, the time until routers notice and
-until one is replaced (half of it until a replacement is asked for, half as starting). Servers tell how long their first
-copies took to load. Calibrated is the router's time for a batch and a message, so that an idle cluster's latencies
-agree by construction: its jitter by how far p99 lies above the median, the rest by the median. A launch and a plan are
-the simulator's defaults. Nothing is fitted to the scenarios.
+table while next to nothing is asked for; and, by servers killed with as little load, the time until routers notice,
+until what was lost is loaded elsewhere, beside its bytes, and until one is replaced (half of it until a replacement is
+asked for, half as starting). Servers tell how many bytes per second of their first copies they loaded. Calibrated is
+the router's time for a batch and a message, so that an idle cluster's latencies agree by construction: its jitter by
+how far p99 lies above the median, the rest by the median. A launch and a plan are the simulator's defaults. Nothing is
+fitted to the scenarios.
 
 Servers are killed three times in the scenario of that name: the requests that meet one kill are about one in a hundred,
 so that a p99 over one kill says by chance what they or what the others took.
@@ -136,8 +137,16 @@ async def _kill(stage: Stage, *, requests_per_s: float, seconds: float, kills_s:
     await stage.drain()
     lost = [event["at_s"] for event in stage.seen.events_between(first_s, ended_s, "server_lost")]
     noticed_s = [min(at_s for at_s in lost if at_s >= first_s + died_s) - first_s - died_s for died_s in killed_s]
+    placed = stage.seen.events_between(first_s, ended_s, "placed")
+    reloads = [next(each for each in placed if each["at_s"] >= first_s + died_s) for died_s in killed_s]
     found = _seen(stage.seen.outcomes, began_s, ended_s)
-    return found | {"killed_s": killed_s, "noticed_s": noticed_s, "replaced_s": replaced_s}
+    return found | {
+        "killed_s": killed_s,
+        "noticed_s": noticed_s,
+        "reloaded_s": [each["took_s"] for each in reloads],
+        "reloaded_bytes": [each["bytes"] for each in reloads],
+        "replaced_s": replaced_s,
+    }
 
 
 async def _replaced_s(stage: Stage, known: set[str], ended_s: float) -> float:
@@ -185,8 +194,12 @@ def _rate(loaded: Sequence[Mapping[str, Facts]]) -> float:
 
 def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Facts) -> Machine:
     """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
-    the messages to and from every server, and jitter."""
-    replaced_s = statistics.median(replaced["replaced_s"])
+    the messages to and from every server, and jitter. What a re-placement takes beyond its three messages (to a server,
+    from it, to the routers) and its bytes is the servers' loading, whatever it copies."""
+    rate = idle["load_bytes_per_s"] * (SERVERS - 1)
+    reloads = zip(replaced["reloaded_s"], replaced["reloaded_bytes"], strict=True)
+    load_s = max(statistics.median(took_s - size / rate for took_s, size in reloads) - 3 * idle["control_s"], 0.0)
+    replaced_s = statistics.median(replaced["replaced_s"]) - load_s
     bare = Machine(
         pairs_per_s=EMULATED_PAIRS_PER_S,
         emulated=True,
@@ -195,6 +208,7 @@ def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Facts) 
         batch_s=0.0,
         message_s=0.0,
         control_s=idle["control_s"],
+        load_s=load_s,
         load_bytes_per_s=idle["load_bytes_per_s"],
         notice_s=statistics.median(replaced["noticed_s"]),
         start_s=replaced_s / 2,

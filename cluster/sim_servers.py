@@ -36,6 +36,8 @@ class Machine:
         start_s: from asking for a server until it registers: node and process.
         notice_s: from a server's death until routers know: its memory is freed before its connections are closed.
         replace_s: from a server's death until its replacement is asked for.
+        load_s: what a server takes to load copies beside their bytes, however many: files and peers are opened, and the
+            copies checked.
         load_bytes_per_s: at which a server loads copies.
         plan_s: from a planner's input to its plan.
     """
@@ -52,6 +54,7 @@ class Machine:
     start_s: float = 3.0
     notice_s: float = 0.1
     replace_s: float = 1.0
+    load_s: float = 0.02
     load_bytes_per_s: float = 1e9
     plan_s: float = 0.02
 
@@ -187,9 +190,9 @@ class SimServer:
         self._assignment = assignment
         self.released = self.released or assignment.released
         if not self._loading:
-            self._apply()
+            self._apply(self._machine.load_s)
 
-    def _apply(self) -> None:
+    def _apply(self, first_s: float = 0.0) -> None:
         wanted = self._assignment
         if wanted is None or not self.alive:
             return
@@ -198,10 +201,11 @@ class SimServer:
         self._applied = wanted.version
         missing = [key for key in wanted.copies if key not in self.warm]
         if missing:
-            one_s = self._copy_bytes / self._machine.load_bytes_per_s if self._clock.now_s >= 0 else 0.0
+            setup = self._clock.now_s < 0
+            one_s = 0.0 if setup else self._copy_bytes / self._machine.load_bytes_per_s
             now = missing[: max(1, int(LOAD_SLICE_S / one_s) if one_s else len(missing))]
             self._loading = True
-            self._clock.after(len(now) * one_s, self._loaded, now)
+            self._clock.after(len(now) * one_s + (0.0 if setup else first_s), self._loaded, now)
         if surplus:
             self.beat()
 

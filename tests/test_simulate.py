@@ -156,12 +156,22 @@ def test_rows_of_a_lost_server_are_computed_elsewhere(kind: Any) -> None:
 def test_what_met_a_killed_server_waits_until_routers_notice() -> None:
     fault = Fault(at_s=1.003, server=0)
     soon_s, late_s = (
-        simulate(config(), workload(rate=100.0), 3.0, faults=[fault], machine=replace(MACHINE, notice_s=notice_s))[
+        simulate(config(), workload(rate=30.0), 3.0, faults=[fault], machine=replace(MACHINE, notice_s=notice_s))[
             "latency_s"
         ]["max"]
         for notice_s in (0.0, 0.5)
     )
     assert late_s - soon_s == pytest.approx(0.5, abs=0.1)
+
+
+def test_copies_load_once_their_server_has_opened_them() -> None:
+    fault = Fault(at_s=1.003, server=0)
+
+    def slowest_s(load_s: float) -> float:
+        machine = replace(MACHINE, load_s=load_s, load_bytes_per_s=1e12)
+        return float(simulate(config(), workload(rate=30.0), 3.0, faults=[fault], machine=machine)["latency_s"]["max"])
+
+    assert slowest_s(0.3) - slowest_s(0.0) == pytest.approx(0.3, abs=0.1)
 
 
 def test_a_hot_spot_gets_more_copies_and_latency_recovers_as_no_static_placement_does() -> None:
