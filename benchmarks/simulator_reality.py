@@ -9,8 +9,10 @@ the router's time for a batch and a message, so that an idle cluster's latencies
 how far p99 lies above the median, the rest by the median. A launch and a plan are the simulator's defaults. Nothing is
 fitted to the scenarios.
 
-Servers are killed three times in the scenario of that name: the requests that meet one kill are about one in a hundred,
-so that a p99 over one kill says by chance what they or what the others took.
+Everything is done in rounds, calibration and scenarios in turn, because the machine's pace drifts within minutes; the
+median over the rounds counts, of the constants, of the real runs and of the simulated ones (each with another seed).
+Servers are killed three times a run: the requests that meet one kill are about one in a hundred, so that a p99 over one
+kill says by chance what they or what the others took.
 """
 
 import asyncio
@@ -53,18 +55,18 @@ from protos.checkpoint import read_model
 
 Facts = dict[str, Any]
 Story = Callable[..., Awaitable[Facts]]
+Played = tuple[ClusterConfig, Story, str, float]  # on what, what, the load's pattern, its requests per second
 
 SERVERS = 4
 WARM_UP_S = 4.0
 KILLS_S = (8.0, 18.0, 28.0)  # after the load began
 REPLACED_WITHIN_S = 10.0  # a kill may need it all
 IDLE_REQUESTS_PER_S = 4.0
-IDLE_FACTOR = 2.5  # times as long as a scenario: its p99 is used
 WITHIN = 0.2  # of the real cluster's throughput and p99
 
 
-def reality(*, seconds: float) -> Facts:
-    """All scenarios, `seconds` each. SIGTERM unwinds like Ctrl-C, so that everything started is ended."""
+def reality(*, seconds: float, rounds: int) -> Facts:
+    """All scenarios, `seconds` each, in so many rounds. SIGTERM unwinds like Ctrl-C: everything started is ended."""
     torch.set_num_threads(1)  # the cores belong to the cluster
     hop_s = asyncio.run(_echo_s()) / 2
     with tempfile.TemporaryDirectory() as folder, interruptible():
@@ -73,31 +75,43 @@ def reality(*, seconds: float) -> Facts:
         def make(**sections: Any) -> ClusterConfig:
             return make_config(model, least=SERVERS, most=SERVERS, **sections)
 
-        def run(config: ClusterConfig, play: Story, pattern: str, rate: float, *, seconds: float = seconds) -> Facts:
-            story = partial(play, requests_per_s=rate, seconds=seconds)
-            told, account = perform(config, pattern, 1, story)
-            print(json.dumps(told), file=sys.stderr, flush=True)
-            return {**told, "account": account}
-
         usual, static = make(), make(placement={"max_moves": 0})
-        idle = run(usual, _idle, "uniform", IDLE_REQUESTS_PER_S, seconds=IDLE_FACTOR * seconds)
         kill = partial(_kill, kills_s=kills_within(seconds))
-        replaced = run(usual, kill, "uniform", IDLE_REQUESTS_PER_S)
-        constants = _machine(usual, idle, hop_s, replaced)
-        found: Facts = {"constants": asdict(constants), "idle": idle}
         full = SERVERS * EMULATED_PAIRS_PER_S / PAIRS_PER_REQUEST  # requests per second
-        hottest = full * _balance(static, constants)
-        for name, config, play, pattern, rate in (
-            ("uniform", usual, _hold, "uniform", 0.6 * full),
-            ("static zipf near saturation", static, _hold, "zipf:1.2", 0.9 * hottest),
-            ("servers killed", usual, kill, "uniform", 0.5 * full),
-        ):
-            real = run(config, play, pattern, rate)
-            faults = [Fault(at_s=at_s, server=0) for at_s in real.get("killed_s", ())]  # the oldest one each time
-            simulated = _simulate(config, constants, pattern, rate, seconds, faults)
-            found[name] = {"requests_per_s": rate, "real": real, "simulated": simulated}
-            found[name] |= _compare(real, simulated)
+        hottest = full * _balance(static)
+        calibrations: dict[str, Played] = {
+            "idle": (usual, _idle, "uniform", IDLE_REQUESTS_PER_S),
+            "servers replaced": (usual, kill, "uniform", IDLE_REQUESTS_PER_S),
+        }
+        scenarios: dict[str, Played] = {
+            "uniform": (usual, _hold, "uniform", 0.6 * full),
+            "static zipf near saturation": (static, _hold, "zipf:1.2", 0.9 * hottest),
+            "servers killed": (usual, kill, "uniform", 0.5 * full),
+        }
+        told: dict[str, list[Facts]] = {name: [] for name in (*calibrations, *scenarios)}
+        for seed in range(1, rounds + 1):
+            for name, (config, play, pattern, rate) in {**calibrations, **scenarios}.items():
+                story = partial(play, requests_per_s=rate, seconds=seconds)
+                seen, account = perform(config, pattern, seed, story)
+                print(json.dumps({name: seen}), file=sys.stderr, flush=True)
+                told[name].append({**seen, "account": account})
+        constants = _machine(usual, _median(told["idle"]), hop_s, told["servers replaced"])
+        found: Facts = {"constants": asdict(constants), "calibrations": {name: told[name] for name in calibrations}}
+        for name, (config, _, pattern, rate) in scenarios.items():
+            runs = []
+            for seed, real in enumerate(told[name], start=1):
+                faults = [Fault(at_s=at_s, server=0) for at_s in real.get("killed_s", ())]  # the oldest one each time
+                simulated = _simulate(config, constants, pattern, rate, seconds, faults, seed=seed)
+                runs.append({"real": real, "simulated": simulated})
+            middle = {side: _median([run[side] for run in runs]) for side in ("real", "simulated")}
+            found[name] = {"requests_per_s": rate, **middle, **_compare(**middle), "rounds": runs}
     return found
+
+
+def _median(runs: Sequence[Facts]) -> Facts:
+    """Of every number that all runs tell."""
+    numbers = [name for name, value in runs[0].items() if isinstance(value, int | float)]
+    return {name: statistics.median(run[name] for run in runs) for name in numbers}
 
 
 async def _hold(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
@@ -192,14 +206,17 @@ def _rate(loaded: Sequence[Mapping[str, Facts]]) -> float:
     return float(sum(source["bytes"] for source in sources) / sum(source["seconds"] for source in sources))
 
 
-def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Facts) -> Machine:
+def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Sequence[Facts]) -> Machine:
     """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
     the messages to and from every server, and jitter. What a re-placement takes beyond its three messages (to a server,
     from it, to the routers) and its bytes is the servers' loading, whatever it copies."""
-    rate = idle["load_bytes_per_s"] * (SERVERS - 1)
-    reloads = zip(replaced["reloaded_s"], replaced["reloaded_bytes"], strict=True)
-    load_s = max(statistics.median(took_s - size / rate for took_s, size in reloads) - 3 * idle["control_s"], 0.0)
-    replaced_s = statistics.median(replaced["replaced_s"]) - load_s
+
+    def median_s(name: str) -> float:
+        return float(statistics.median(value for run in replaced for value in run[name]))
+
+    bytes_s = median_s("reloaded_bytes") / (idle["load_bytes_per_s"] * (SERVERS - 1))
+    load_s = max(median_s("reloaded_s") - bytes_s - 3 * idle["control_s"], 0.0)
+    replaced_s = median_s("replaced_s") - load_s
     bare = Machine(
         pairs_per_s=EMULATED_PAIRS_PER_S,
         emulated=True,
@@ -210,7 +227,7 @@ def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Facts) 
         control_s=idle["control_s"],
         load_s=load_s,
         load_bytes_per_s=idle["load_bytes_per_s"],
-        notice_s=statistics.median(replaced["noticed_s"]),
+        notice_s=median_s("noticed_s"),
         start_s=replaced_s / 2,
         replace_s=replaced_s / 2,
     )
@@ -233,14 +250,14 @@ def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Facts) 
     return replace(jittery, batch_s=rest_s / 2, message_s=rest_s / 2 / (2 * SERVERS))
 
 
-def _balance(config: ClusterConfig, constants: Machine) -> float:
+def _balance(config: ClusterConfig) -> float:
     """Mean over most loaded server of the placement that does not know the load."""
-    found = _simulation(config, constants, "zipf:1.2", 1.0, [])
+    found = _simulation(config, Machine(pairs_per_s=EMULATED_PAIRS_PER_S), "zipf:1.2", 1.0, [])
     return float(found.run(2.0)["timeline"][-1]["balancedness_min"])
 
 
 def _simulation(
-    config: ClusterConfig, constants: Machine, pattern: str, rate: float, faults: Sequence[Fault]
+    config: ClusterConfig, constants: Machine, pattern: str, rate: float, faults: Sequence[Fault], *, seed: int = 1
 ) -> Simulation:
     spec = read_model(Path(config.model))
     shares = pattern_shares(
@@ -262,15 +279,22 @@ def _simulation(
         row_bytes=spec.expert_dim * 4,
         faults=faults,
         max_open=MAX_OPEN,
-        seed=1,
+        seed=seed,
     )
 
 
 def _simulate(
-    config: ClusterConfig, constants: Machine, pattern: str, rate: float, seconds: float, faults: Sequence[Fault]
+    config: ClusterConfig,
+    constants: Machine,
+    pattern: str,
+    rate: float,
+    seconds: float,
+    faults: Sequence[Fault],
+    *,
+    seed: int = 1,
 ) -> Facts:
     """As the real one: a warm-up, then what is due within `seconds`; what is open at the end is answered later."""
-    sim = _simulation(config, constants, pattern, rate, faults)
+    sim = _simulation(config, constants, pattern, rate, faults, seed=seed)
     sim.run(WARM_UP_S + seconds)
     return _seen(simulated_outcomes(sim.record), WARM_UP_S, WARM_UP_S + seconds)
 
