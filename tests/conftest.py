@@ -1,9 +1,14 @@
 """Settings for the whole suite, and its one real Ray."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# A thread of Serve that outlives its cluster asks Ray for something now and then, and Ray would start another cluster
+# to answer it. It reads this when it is imported.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 # The suite shares its cores with the servers it starts: a slow example says nothing about the code.
 settings.register_profile("shared-cores", deadline=None)
