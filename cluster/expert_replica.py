@@ -223,12 +223,15 @@ class ExpertServerReplica:
     def _load_slice(
         self, keys: Sequence[Key], sources: Mapping[Key, Sequence[str]]
     ) -> tuple[frozenset[Key], dict[Key, str]]:
-        """Load for a while, in order. Returns what is warm now and what failed, with the reason."""
+        """Load for a while, in order. Returns what is warm now and what failed, with the reason.
+
+        Requests wait for a copy that no other server holds.
+        """
         end_s = time.monotonic() + LOAD_SLICE_S
         loaded: list[Key] = []
         for key in keys:
             try:
-                self._server.load([key], sources)
+                self._server.load([key], sources, urgent=key not in sources)
             except Exception as err:  # out of memory included: what was loaded before must be known all the same
                 log.error("copy %s cannot be loaded: %s: %s", key, type(err).__name__, err)
                 self._server.unload([key])

@@ -107,12 +107,19 @@ class ExpertServer:
         self.address = self._loop.call(self._start(host, port))
         return self.address
 
-    def load(self, copies: Sequence[CopyKey], sources: Mapping[CopyKey, Sequence[str]] | None = None) -> None:
+    def load(
+        self,
+        copies: Sequence[CopyKey],
+        sources: Mapping[CopyKey, Sequence[str]] | None = None,
+        *,
+        urgent: bool = False,
+    ) -> None:
         """Load copies and run each once, so that the first request meets warm weights. Blocks.
 
         Args:
             sources: gRPC addresses of servers that may hold a copy, best first. Each copy comes from the fastest source
                 that has it (experts/sources.py), in the end from storage.
+            urgent: requests wait for these copies: loading does not step back behind what serves others.
 
         Raises:
             InvalidRequest: a layer or expert the model does not have.
@@ -121,7 +128,7 @@ class ExpertServer:
         """
         for layer, expert in copies:
             self._check_key(layer, expert)
-        self._loader.load(copies, sources or {})
+        self._loader.load(copies, sources or {}, urgent=urgent)
 
     def unload(self, copies: Sequence[CopyKey]) -> None:
         """Forget copies. Calls accepted for them complete; later ones get StalePlacement."""

@@ -47,7 +47,7 @@ class SourceTotals:
 
 
 class CopySources:
-    """Reads copies for one server. Lives on one thread; `totals` may be read from any."""
+    """Reads copies for one server. For one thread at a time; `totals` may be read from any."""
 
     def __init__(self, shard: ExpertShard, is_busy: Callable[[], bool]) -> None:
         self.totals: Mapping[Source, SourceTotals] = {source: SourceTotals() for source in SOURCES}

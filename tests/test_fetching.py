@@ -25,7 +25,7 @@ from experts.copyform import form_of, named_tensors
 from experts.pagecache import resident_share
 from experts.service import ExpertServer
 from experts.sources import SourceTotals
-from experts.weights import CopyKey, ExpertCopy
+from experts.weights import CopyKey, ExpertCopy, ExpertShard
 from protos import expert_pb2
 from protos.checkpoint import Checkpoint, read_model
 from protos.codec import encode, read_tensor
@@ -532,6 +532,26 @@ def test_background_threads_step_back_however_low_their_process_is() -> None:
         thread.start()
         thread.join()
     assert found == [10, 1, 19, 1]
+
+
+def test_copies_that_requests_wait_for_are_loaded_at_the_priority_of_serving(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    found: list[int] = []
+    read, serving = ExpertShard.read, priority()
+
+    def watched(shard: ExpertShard, key: CopyKey) -> ExpertCopy:
+        found.append(priority() - serving)
+        return read(shard, key)
+
+    monkeypatch.setattr(ExpertShard, "read", watched)
+    with server_of(spec, []) as server:
+        for key, urgent in zip(all_keys(spec), (False, True, False), strict=False):
+            server.load([key], urgent=urgent)
+    assert found == [10, 0, 10]
 
 
 def test_sources_are_no_part_of_what_an_assignment_says() -> None:
