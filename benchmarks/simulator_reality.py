@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.elasticity_slo import Outcome, due_between, percentile_s, simulated_outcomes
@@ -95,7 +96,7 @@ def reality(*, seconds: float, rounds: int) -> Facts:
                 seen, account = perform(config, pattern, seed, story)
                 print(json.dumps({name: seen}), file=sys.stderr, flush=True)
                 told[name].append({**seen, "account": account})
-        constants = _machine(usual, _median(told["idle"]), hop_s, told["servers replaced"])
+        constants = _machine(usual, told["idle"], hop_s, told["servers replaced"])
         found: Facts = {"constants": asdict(constants), "calibrations": {name: told[name] for name in calibrations}}
         for name, (config, _, pattern, rate) in scenarios.items():
             runs = []
@@ -124,9 +125,12 @@ async def _hold(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts
 
 async def _idle(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
     """As `_hold`, and what the machine's constants need."""
+    first_s = stage.now_s()
     found = await _hold(stage, requests_per_s=requests_per_s, seconds=seconds)
+    took_s = [each.took_s for each in due_between(stage.seen.outcomes, first_s + WARM_UP_S, float("inf"))]
     loaded = [server["loaded"] for server in (await app.status(stage.config.name))["servers"]]
-    return found | {"load_bytes_per_s": _rate(loaded), "control_s": await _call_s(stage.config.name) / 2}
+    control_s = await _call_s(stage.config.name) / 2
+    return found | {"took_s": took_s, "load_bytes_per_s": _rate(loaded), "control_s": control_s}
 
 
 def kills_within(seconds: float) -> list[float]:
@@ -206,10 +210,16 @@ def _rate(loaded: Sequence[Mapping[str, Facts]]) -> float:
     return float(sum(source["bytes"] for source in sources) / sum(source["seconds"] for source in sources))
 
 
-def _machine(config: ClusterConfig, idle: Facts, hop_s: float, replaced: Sequence[Facts]) -> Machine:
+def _machine(config: ClusterConfig, idles: Sequence[Facts], hop_s: float, replaced: Sequence[Facts]) -> Machine:
     """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
     the messages to and from every server, and jitter. What a re-placement takes beyond its three messages (to a server,
     from it, to the routers) and its bytes is the servers' loading, whatever it copies."""
+
+    idle = _median(idles)
+    waited_s = sorted(took_s for run in idles for took_s in run["took_s"])
+    idle |= {
+        f"p{percent}_s": float(np.percentile(waited_s, percent, method="higher")) for percent in (50, 99)
+    }  # a run alone has few
 
     def median_s(name: str) -> float:
         return float(statistics.median(value for run in replaced for value in run[name]))
