@@ -234,7 +234,7 @@ def main() -> None:
     if "reality" in only:
         from benchmarks.simulator_reality import reality
 
-        found["reality"] = reality(seconds=8.0, rounds=1) if args.short else reality(seconds=40.0, rounds=3)
+        found["reality"] = reality(seconds=8.0, rounds=1) if args.short else reality(seconds=40.0, rounds=2)
     publish(found, packages=("grpcio", "ray", "torch", "numpy"), out=args.out)
 
 
