@@ -1,6 +1,6 @@
-"""`expertmesh layer --router` on a running cluster: a family for each way to gate, compute and surround experts.
+"""`expertmesh layer --router` on a running cluster: a family for each thing that its replicas must not lose.
 
-The families of tests/test_cluster_verify.py are not repeated here.
+Gates and expert forms of every family: tests/test_family_mesh.py, the same router and servers without Ray.
 """
 
 import asyncio
@@ -17,27 +17,13 @@ from tests.cluster_fixtures import deployed
 from tests.family_models import FamilyModel, block_output, block_routing, build_family
 
 CASES = {
-    "deepseek_v2:group_limited": "groups by their best expert, masked with 0",
-    "deepseek_v4:hash": "square root of softplus; experts by token id; clamped SwiGLU",
-    "gpt_oss": "softmax of the chosen logits, biases everywhere, interleaved rows",
-    "llama4": "sigmoid of the chosen logits, weights on the input, transposed stacks",
-    "lfm2_moe": "sigmoid in the model dtype, an epsilon of its own",
-    "ernie4_5_moe": "clamped renormalisation",
-    "dbrx:l2": "softmax in the model dtype, Lp norm, flat stacks",
-    "phimoe": "sparsemixer",
-    "laguna": "soft cap, scale on the routed sum",
-    "gemma4": "a norm of the gate's own, a factor per expert, GeGLU",
+    "deepseek_v4:hash": "experts by token id",
+    "gpt_oss": "biases everywhere, interleaved rows",
+    "llama4": "weights on the input, transposed stacks",
     "cohere2_moe:average": "average with the shared expert",
-    "nemotron_h:latent": "relu squared without a gate, latent projections",
-    "jetmoe": "an output bias, stacks under other names",
-    "longcat_flash": "identity experts",
-    "step3p7": "clamped after the activation, split stacks",
-    "minimax_m3_vl": "gpt-oss's form without biases, one after the other",
-    "axk1": "a norm after the block",
-    "mistral4": "softmax with groups",
-    "inkling2": "soft-capped GLU",
+    "nemotron_h:latent": "latent projections: experts of another width than the model",
+    "longcat_flash": "identity experts, which no server holds",
     "switch_transformers": "a capacity for every sequence, encoder and decoder",
-    "nllb_moe:tight": "a capacity for every batch, biases",
 }
 TOKENS = 19
 

@@ -1,4 +1,7 @@
-"""`verify` through a real cluster: every layer of every family, on different numbers of servers and copies."""
+"""`verify` through a real cluster: every layer, on different numbers of servers and copies.
+
+Of every family without Ray: tests/test_family_mesh.py.
+"""
 
 import asyncio
 from pathlib import Path
@@ -12,15 +15,15 @@ from cluster.reference import load_reference
 from cluster.verify import TOLERANCE, LayerError, verify_layers
 from router.client import RouterClient
 from tests.cluster_fixtures import Cluster, deployed
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_models import tiny_model
 
 DEMO_MODEL = Path(__file__).parent.parent / "examples/demo_model"
-SHAPES = {"mixtral": (1, 1), "qwen2_moe": (2, 1), "qwen3_moe": (2, 2), "olmoe": (3, 2), "deepseek_v3": (2, 2)}
+SHAPES = {"mixtral": (1, 1), "qwen2_moe": (2, 1), "olmoe": (3, 2), "deepseek_v3": (2, 2), "demo": (2, 2)}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "demo"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_every_layer_equals_transformers_through_the_cluster(name: str, ray_cluster: str, tmp_path: Path) -> None:
-    num_servers, num_copies = SHAPES.get(name, (2, 2))
+    num_servers, num_copies = SHAPES[name]
     with deployed(
         DEMO_MODEL if name == "demo" else tiny_model(name, tmp_path),
         name=f"verify-{name}",
