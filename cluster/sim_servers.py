@@ -54,7 +54,7 @@ class Machine:
     start_s: float = 3.0
     notice_s: float = 0.1
     replace_s: float = 1.0
-    load_s: float = 0.02
+    load_s: float = 0.0
     load_bytes_per_s: float = 1e9
     plan_s: float = 0.02
 
