@@ -135,7 +135,8 @@ async def onsets_for_a_server(
 async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) -> Facts:
     """Part c: re-placements, loaded to their last copy, one after another, at a load that needs none of them.
 
-    `during` are the requests that were open while copies were on their way, `moving` all while the hot spot moved.
+    `during` are the requests that were open while copies were on their way, of which there are the more the longer they
+    take; `arriving` those due meanwhile, whatever they took; `moving` all while the hot spot moved.
     """
     stage.offer(pairs_per_s)
     await stage.hold(lengths.warm_up_s)
@@ -166,6 +167,7 @@ async def replacements(stage: Stage, lengths: Lengths, *, pairs_per_s: float) ->
         "hot_spot_moves": moves,
         "before": before,
         "during": during,
+        "arriving": latencies([o for o in moving if any(begin <= o.due_s < end for begin, end in spans)]),
         "moving": latencies(moving),
         "p99_ratio": during["p99_s"] / before["p99_s"] if during["p99_s"] and before["p99_s"] else None,
     }
