@@ -31,6 +31,7 @@ from cluster.local import LocalRay, NodeScaling, connect, start_ray
 from cluster.patterns import parse_pattern
 from cluster.traffic import DrawnTraffic, Traffic
 from protos.checkpoint import read_model
+from protos.loops import freeze_garbage_collector
 from router.client import RouterClient
 
 # One MoE layer, because a layer is as slow as its most loaded server: over several independent layers the hot spots
@@ -257,6 +258,7 @@ async def _perform(
             move_every_s=1.0,
         )
         stage, stop = Stage(config, client, lambda clock: traffic(clock=clock), checker), asyncio.Event()
+        freeze_garbage_collector()
         telling = asyncio.ensure_future(story(stage))
         around = [asyncio.create_task(part) for part in (stage.load.run(stop), _watch(config.name, local, stage.seen))]
         try:

@@ -42,6 +42,7 @@ from experts.service import ExpertServer
 from protos import common_pb2, expert_pb2
 from protos.checkpoint import read_model
 from protos.codec import encode, tensor_bytes
+from protos.loops import freeze_garbage_collector
 from protos.services import CHANNEL_OPTIONS, compute_stream
 
 DIM, HIDDEN_DIM, NUM_EXPERTS = 1024, 1408, 8
@@ -60,6 +61,7 @@ def serve(model: Path, config: str, held: Sequence[int]) -> None:
     layer = spec.layers[0]
     server = ExpertServer(spec, ExpertServerConfig.model_validate_json(config), server_id=f"server-{os.getpid()}")
     server.load([(layer, expert) for expert in held])
+    freeze_garbage_collector()
     print(json.dumps({"address": server.start("127.0.0.1"), "copy_bytes": server.copy_bytes}), flush=True)
     with ThreadPoolExecutor(1) as worker:
         for line in sys.stdin:
@@ -174,6 +176,7 @@ async def run(arms: Sequence[str], rounds: int, window_s: float, rate: float, we
         async with grpc.aio.insecure_channel(tested[1]["address"], options=CHANNEL_OPTIONS) as channel:
             stream, make = compute_stream(channel), message(layer)
             await latencies(stream, make, rate, 2.0)  # warm up
+            freeze_garbage_collector()
             for _ in range(rounds):
                 for arm in arms:
                     loading, source = (other[0], tested) if arm == "gives" else (tested[0], peer)

@@ -23,6 +23,7 @@ from cluster.picture import draw
 from cluster.recording import record_states
 from protos.checkpoint import read_model
 from protos.errors import InvalidRequest
+from protos.loops import freeze_garbage_collector
 
 RECORDED_TOKENS = 4096  # of each text
 READY_TIMEOUT_S = 180.0
@@ -66,6 +67,7 @@ def run_demo(settings: Settings, root: Path, *, json_file: Path | None, picture:
             found = bring_up(config, timeout_s=READY_TIMEOUT_S, on_progress=view.say)
             demo = Demo(settings, spec, states, router=found["router"]["grpc"])
             view = DemoView(console, emulation=emulation, hot=demo.hot)
+            freeze_garbage_collector()
             with view.live() as show:
                 asyncio.run(demo.run(lambda frame: show(demo.timeline, frame)))
         finally:

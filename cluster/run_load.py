@@ -13,6 +13,7 @@ from cluster.traffic import DrawnTraffic, TraceTraffic, Traffic
 from cluster.verify import packed_dtype
 from protos.checkpoint import read_model
 from protos.errors import InvalidRequest
+from protos.loops import freeze_garbage_collector
 from protos.model import ModelSpec
 from protos.router_pb2 import DescribeResponse
 from router.client import RouterClient
@@ -93,6 +94,7 @@ async def run_load(
             checker=checker,
             on_answer=None if recorder is None else recorder.add,
         )
+        freeze_garbage_collector()
         seconds = await load.run_for(duration_s)
         if checker is not None:
             await checker.close()

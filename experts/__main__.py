@@ -14,7 +14,7 @@ from experts.config import ExpertServerConfig
 from experts.service import ExpertServer
 from protos.checkpoint import Checkpoint
 from protos.errors import ExpertmeshError, InvalidRequest
-from protos.loops import wait_for_end
+from protos.loops import freeze_garbage_collector, wait_for_end
 from protos.model import ModelSpec
 
 
@@ -53,6 +53,7 @@ def main() -> int:
     except (ExpertmeshError, ValueError) as err:
         print(err, file=sys.stderr)
         return 2
+    freeze_garbage_collector()
     print(json.dumps({"server_id": server.server_id, "address": address, "pid": os.getpid(), "copies": len(copies)}))
     sys.stdout.flush()
     wait_for_end()

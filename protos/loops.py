@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -112,6 +113,17 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value glibc takes
     mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+
+
+def freeze_garbage_collector() -> None:
+    """Collect once, and look no more at what lives now. Call it when a process is ready to serve or to measure.
+
+    A full collection stops every thread of a process that holds torch and Ray for 0.1 to 0.3 s, whenever as many
+    objects again as a quarter of theirs have come; almost all that it looks at lives until the end. Serve does the same
+    in a replica that is ready.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def wait_for_end() -> None:

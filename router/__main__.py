@@ -15,7 +15,7 @@ import grpc
 from protos import expert_pb2
 from protos.checkpoint import read_model
 from protos.errors import ExpertmeshError, Unavailable
-from protos.loops import wait_for_end
+from protos.loops import freeze_garbage_collector, wait_for_end
 from protos.services import EXPERT_SERVICE
 from router.config import RouterConfig
 from router.service import RouterServer
@@ -69,6 +69,7 @@ def main() -> int:
         print(err, file=sys.stderr)
         return 2
     router.update(table)
+    freeze_garbage_collector()
     print(json.dumps({"address": address, "pid": os.getpid()}), flush=True)
     wait_for_end()
     router.stop(grace_s=5)
