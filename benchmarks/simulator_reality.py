@@ -2,22 +2,23 @@
 
 The cluster is that of `benchmarks.elasticity_stage`: servers paced to a slow device's rate, so that two cores are not
 the limit. Measured by themselves are a hop, by an echo between two processes; a call to the placement, by fetching the
-table while next to nothing is asked for; and, by servers killed with as little load, the time until routers notice,
-until what was lost is loaded elsewhere, beside its bytes, and until one is replaced (half of it until a replacement is
-asked for, half as starting). Servers tell how many bytes per second of their first copies they loaded. Calibrated is
-the router's time for a batch and a message, so that an idle cluster's latencies agree by construction: its jitter by
-how far p99 lies above the median, the rest by the median. A launch and a plan are the simulator's defaults. Nothing is
-fitted to the scenarios.
+table while next to nothing is asked for; and, by servers killed with as little load, the time until routers notice and
+until one is replaced (half of it until a replacement is asked for, half as starting). Servers tell how many bytes per
+second of their first copies they loaded. Calibrated, so that an idle cluster agrees by construction, is the router's
+time for a batch and a message, its jitter by how far p99 lies above the median, the rest by the median; and what
+loading takes beside its bytes, by when the requests are answered that are open while an idle cluster loses a server.
+A launch and a plan are the simulator's defaults. Nothing is fitted to the scenarios.
 
 Everything is done in rounds, calibration and scenarios in turn, because the machine's pace drifts within minutes; the
 median over the rounds counts, of the constants, of the real runs and of the simulated ones (each with another seed).
-Servers are killed every KILL_EVERY_S: two to three requests meet a kill, so that its p99 tells what they take. With a
-kill every 10 s they were one in a hundred, and chance said whether p99 was one of theirs (0.09 and 0.17 s in two runs)
-or one of the others'.
+A kill is met by two to three requests, of which the first waits longest and each further one the distance of two
+requests less. Servers are killed KILL_EVERY_S, so that p99 is one of the second ones. With a kill every 10 s or every
+5 s it lay between two of these steps, and chance said on which: 0.09 and 0.17 s in two runs.
 """
 
 import asyncio
 import json
+import math
 import os
 import signal
 import statistics
@@ -40,6 +41,7 @@ from benchmarks.elasticity_stage import (
     MAX_OPEN,
     MODEL,
     PAIRS_PER_REQUEST,
+    TIMEOUT_S,
     TOKENS_PER_REQUEST,
     Stage,
     make_config,
@@ -61,7 +63,7 @@ Played = tuple[ClusterConfig, Story, str, float]  # on what, what, the load's pa
 
 SERVERS = 4
 WARM_UP_S = 4.0
-FIRST_KILL_S, KILL_EVERY_S = 8.0, 5.0  # after the load began
+FIRST_KILL_S, KILL_EVERY_S = 8.0, 8.0  # after the load began
 REPLACED_WITHIN_S = 10.0  # before the end; the next kill waits for it
 IDLE_REQUESTS_PER_S = 4.0
 WITHIN = 0.2  # of the real cluster's throughput and p99
@@ -158,16 +160,23 @@ async def _kill(stage: Stage, *, requests_per_s: float, seconds: float, kills_s:
     await stage.drain()
     lost = [event["at_s"] for event in stage.seen.events_between(first_s, ended_s, "server_lost")]
     noticed_s = [min(at_s for at_s in lost if at_s >= first_s + died_s) - first_s - died_s for died_s in killed_s]
-    placed = stage.seen.events_between(first_s, ended_s, "placed")
-    reloads = [next(each for each in placed if each["at_s"] >= first_s + died_s) for died_s in killed_s]
     found = _seen(stage.seen.outcomes, began_s, ended_s)
     return found | {
         "killed_s": killed_s,
         "noticed_s": noticed_s,
-        "reloaded_s": [each["took_s"] for each in reloads],
-        "reloaded_bytes": [each["bytes"] for each in reloads],
+        "resumed_s": resumed_s(stage.seen.outcomes, [first_s + died_s for died_s in killed_s]),
         "replaced_s": replaced_s,
     }
+
+
+def resumed_s(outcomes: Sequence[Outcome], killed_s: Sequence[float]) -> list[float]:
+    """Seconds from each kill until the requests that were open then are answered; of the kills that meet any."""
+    found = []
+    for died_s in killed_s:
+        begun = due_between(outcomes, died_s - TIMEOUT_S, died_s)
+        ended_s = [each.due_s + each.took_s for each in begun if math.isfinite(each.took_s)]
+        found += [max(ended_s) - died_s] if max(ended_s, default=0.0) > died_s else []
+    return found
 
 
 async def _replaced_s(stage: Stage, known: set[str], ended_s: float) -> float:
@@ -215,8 +224,8 @@ def _rate(loaded: Sequence[Mapping[str, Facts]]) -> float:
 
 def _machine(config: ClusterConfig, idles: Sequence[Facts], hop_s: float, replaced: Sequence[Facts]) -> Machine:
     """What an idle request takes beyond its pairs and its hops is the router's thread: half for the batch, half for
-    the messages to and from every server, and jitter. What a re-placement takes beyond its three messages (to a server,
-    from it, to the routers) and its bytes is the servers' loading, whatever it copies."""
+    the messages to and from every server, and jitter. What open requests wait at a kill beyond the messages, the bytes
+    and their pairs is the servers' loading, whatever it copies."""
 
     idle = _median(idles)
     waited_s = sorted(took_s for run in idles for took_s in run["took_s"])
@@ -227,9 +236,7 @@ def _machine(config: ClusterConfig, idles: Sequence[Facts], hop_s: float, replac
     def median_s(name: str) -> float:
         return float(statistics.median(value for run in replaced for value in run[name]))
 
-    bytes_s = median_s("reloaded_bytes") / (idle["load_bytes_per_s"] * (SERVERS - 1))
-    load_s = max(median_s("reloaded_s") - bytes_s - 3 * idle["control_s"], 0.0)
-    replaced_s = median_s("replaced_s") - load_s
+    replaced_s = median_s("replaced_s")
     bare = Machine(
         pairs_per_s=EMULATED_PAIRS_PER_S,
         emulated=True,
@@ -238,7 +245,6 @@ def _machine(config: ClusterConfig, idles: Sequence[Facts], hop_s: float, replac
         batch_s=0.0,
         message_s=0.0,
         control_s=idle["control_s"],
-        load_s=load_s,
         load_bytes_per_s=idle["load_bytes_per_s"],
         notice_s=median_s("noticed_s"),
         start_s=replaced_s / 2,
@@ -251,16 +257,43 @@ def _machine(config: ClusterConfig, idles: Sequence[Facts], hop_s: float, replac
     def spread_s(found: Facts) -> float:
         return float(found["p99_s"] - found["p50_s"])
 
-    low_s, high_s = 0.0, spread_s(idle)
-    for _ in range(8):
-        jitter_s = (low_s + high_s) / 2
-        if spread_s(told(replace(bare, jitter_s=jitter_s))) < spread_s(idle):
-            low_s = jitter_s
-        else:
-            high_s = jitter_s
-    jittery = replace(bare, jitter_s=low_s)
+    jittery = replace(
+        bare, jitter_s=_fitted_s(lambda jitter_s: spread_s(told(replace(bare, jitter_s=jitter_s))), spread_s(idle))
+    )
     rest_s = max(idle["p50_s"] - told(jittery)["p50_s"], 0.0)
-    return replace(jittery, batch_s=rest_s / 2, message_s=rest_s / 2 / (2 * SERVERS))
+    usual = replace(jittery, batch_s=rest_s / 2, message_s=rest_s / 2 / (2 * SERVERS))
+
+    def idle_resumed_s(load_s: float) -> float:
+        machine = replace(usual, load_s=load_s)
+        return statistics.median(
+            each
+            for seed, run in enumerate(replaced, start=1)
+            for each in _simulated_resumed_s(config, machine, run["killed_s"], seed=seed)
+        )
+
+    load_s = _fitted_s(idle_resumed_s, median_s("resumed_s"))
+    return replace(usual, load_s=load_s, start_s=usual.start_s - load_s / 2, replace_s=usual.replace_s - load_s / 2)
+
+
+def _fitted_s(measure: Callable[[float], float], wanted_s: float) -> float:
+    """The constant, 0 to `wanted_s`, with which a simulation measures what is wanted, or the nearest to it."""
+    low_s, high_s = 0.0, wanted_s
+    for _ in range(8):
+        middle_s = (low_s + high_s) / 2
+        if measure(middle_s) < wanted_s:
+            low_s = middle_s
+        else:
+            high_s = middle_s
+    return low_s
+
+
+def _simulated_resumed_s(
+    config: ClusterConfig, machine: Machine, killed_s: Sequence[float], *, seed: int
+) -> list[float]:
+    faults = [Fault(at_s=at_s, server=0) for at_s in killed_s]
+    sim = _simulation(config, machine, "uniform", IDLE_REQUESTS_PER_S, faults, seed=seed)
+    sim.run(max(killed_s) + REPLACED_WITHIN_S)
+    return resumed_s(simulated_outcomes(sim.record), killed_s)
 
 
 def _balance(config: ClusterConfig) -> float:

@@ -36,8 +36,8 @@ class Machine:
         start_s: from asking for a server until it registers: node and process.
         notice_s: from a server's death until routers know: its memory is freed before its connections are closed.
         replace_s: from a server's death until its replacement is asked for.
-        load_s: what a server takes to load copies beside their bytes, however many: files and peers are opened, and the
-            copies checked.
+        load_s: what loading takes beside the bytes, however many copies: files and peers are opened, the copies
+            checked, and those who wait for them woken.
         load_bytes_per_s: at which a server loads copies.
         plan_s: from a planner's input to its plan.
     """
