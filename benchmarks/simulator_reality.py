@@ -1,4 +1,4 @@
-"""Three scenarios on a real cluster and simulated, with constants of the machine that no scenario was used for.
+"""Four scenarios on a real cluster and simulated, with constants of the machine that no scenario was used for.
 
 The cluster is that of `benchmarks.elasticity_stage`: servers paced to a slow device's rate, so that two cores are not
 the limit. Measured by themselves are a hop, by an echo between two processes; a call to the placement, by fetching the
@@ -66,6 +66,7 @@ WARM_UP_S = 4.0
 FIRST_KILL_S, KILL_EVERY_S = 8.0, 8.0  # after the load began
 REPLACED_WITHIN_S = 10.0  # before the end; the next kill waits for it
 IDLE_REQUESTS_PER_S = 4.0
+MOVE_EVERY_S = 8.0  # the hot spot, where it moves
 WITHIN = 0.2  # of the real cluster's throughput and p99
 
 
@@ -90,6 +91,7 @@ def reality(*, seconds: float, rounds: int) -> Facts:
         scenarios: dict[str, Played] = {
             "uniform": (usual, _hold, "uniform", 0.6 * full),
             "static zipf near saturation": (static, _hold, "zipf:1.2", 0.9 * hottest),
+            "moving hot spot": (usual, partial(_hold, move_every_s=MOVE_EVERY_S), "zipf:1.2", 0.6 * full),
             "servers killed": (usual, kill, "uniform", 0.5 * full),
         }
         told: dict[str, list[Facts]] = {name: [] for name in (*calibrations, *scenarios)}
@@ -105,7 +107,8 @@ def reality(*, seconds: float, rounds: int) -> Facts:
             runs = []
             for seed, real in enumerate(told[name], start=1):
                 faults = [Fault(at_s=at_s, server=0) for at_s in real.get("killed_s", ())]  # the oldest one each time
-                simulated = _simulate(config, constants, pattern, rate, seconds, faults, seed=seed)
+                moves = real.get("move_every_s", math.inf)
+                simulated = _simulate(config, constants, pattern, rate, seconds, faults, move_every_s=moves, seed=seed)
                 runs.append({"real": real, "simulated": simulated})
             middle = {side: _median([run[side] for run in runs]) for side in ("real", "simulated")}
             found[name] = {"requests_per_s": rate, **middle, **_compare(**middle), "rounds": runs}
@@ -118,12 +121,19 @@ def _median(runs: Sequence[Facts]) -> Facts:
     return {name: statistics.median(run[name] for run in runs) for name in numbers}
 
 
-async def _hold(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
+async def _hold(stage: Stage, *, requests_per_s: float, seconds: float, move_every_s: float = math.inf) -> Facts:
+    first_s = stage.now_s()
     stage.offer(requests_per_s * PAIRS_PER_REQUEST)
-    await stage.hold(WARM_UP_S)
-    began_s, ended_s = await stage.hold(seconds)
+    began_s, ended_s = first_s + WARM_UP_S, first_s + WARM_UP_S + seconds
+    at_s = move_every_s
+    while at_s < WARM_UP_S + seconds:
+        await stage.hold(max(0.0, first_s + at_s - stage.now_s()))
+        stage.move()
+        at_s += move_every_s
+    await stage.hold(max(0.0, ended_s - stage.now_s()))
     await stage.drain()
-    return _seen(stage.seen.outcomes, began_s, ended_s)
+    found = _seen(stage.seen.outcomes, began_s, ended_s)
+    return found | ({"move_every_s": move_every_s} if math.isfinite(move_every_s) else {})
 
 
 async def _idle(stage: Stage, *, requests_per_s: float, seconds: float) -> Facts:
@@ -303,7 +313,14 @@ def _balance(config: ClusterConfig) -> float:
 
 
 def _simulation(
-    config: ClusterConfig, constants: Machine, pattern: str, rate: float, faults: Sequence[Fault], *, seed: int = 1
+    config: ClusterConfig,
+    constants: Machine,
+    pattern: str,
+    rate: float,
+    faults: Sequence[Fault],
+    *,
+    move_every_s: float = math.inf,
+    seed: int = 1,
 ) -> Simulation:
     spec = read_model(Path(config.model))
     shares = pattern_shares(
@@ -313,7 +330,13 @@ def _simulation(
         layers=spec.layers,
         num_experts=spec.num_experts,
         top_k=spec.top_k,
-        heat=DrawnHeat(shares, top_k=spec.top_k),
+        heat=DrawnHeat(
+            shares,
+            top_k=spec.top_k,
+            move="jump",
+            every_s=move_every_s,
+            seed=seed,
+        ),
         rate=rate,
         num_tokens=TOKENS_PER_REQUEST,
     )
@@ -337,10 +360,11 @@ def _simulate(
     seconds: float,
     faults: Sequence[Fault],
     *,
+    move_every_s: float = math.inf,
     seed: int = 1,
 ) -> Facts:
     """As the real one: a warm-up, then what is due within `seconds`; what is open at the end is answered later."""
-    sim = _simulation(config, constants, pattern, rate, faults, seed=seed)
+    sim = _simulation(config, constants, pattern, rate, faults, move_every_s=move_every_s, seed=seed)
     sim.run(WARM_UP_S + seconds)
     return _seen(simulated_outcomes(sim.record), WARM_UP_S, WARM_UP_S + seconds)
 
