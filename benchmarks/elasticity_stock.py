@@ -13,8 +13,10 @@ import json
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -38,7 +40,7 @@ class StockPolicy:
     def __init__(self, *, status_url: str, tokens_per_request: int) -> None:
         self._status_url, self._tokens_per_request = status_url, tokens_per_request
         self._open_requests = 0.0
-        threading.Thread(target=self._look_forever, daemon=True).start()
+        threading.Thread(target=_look_while_it_lives, args=(weakref.ref(self),), daemon=True).start()
 
     def __call__(self, ctx: Any) -> tuple[float, dict[str, Any]]:
         """Serve's contract: context in, (replicas, policy state) out."""
@@ -51,16 +53,20 @@ class StockPolicy:
         )
         return replica_queue_length_autoscaling_policy(facts)
 
-    def _look_forever(self) -> None:
-        """In a thread of Serve's controller, which must not wait."""
-        while True:
-            try:
-                with urllib.request.urlopen(self._status_url, timeout=2) as answer:
-                    routers = json.load(answer)["routers"]
-                self._open_requests = sum(router["queued_tokens"] for router in routers) / self._tokens_per_request
-            except (OSError, ValueError, KeyError):  # not up yet, or not any more: the last number stays
-                pass
-            time.sleep(LOOK_S)
+    def look(self) -> None:
+        """Count the open requests; the last number stays where the cluster is not up yet, or not any more."""
+        with suppress(OSError, HTTPException, ValueError, KeyError):
+            with urllib.request.urlopen(self._status_url, timeout=2) as answer:
+                routers = json.load(answer)["routers"]
+            self._open_requests = sum(router["queued_tokens"] for router in routers) / self._tokens_per_request
+
+
+def _look_while_it_lives(found: "weakref.ref[StockPolicy]") -> None:
+    """In a thread of Serve's controller, which must not wait."""
+    while (policy := found()) is not None:
+        policy.look()
+        del policy
+        time.sleep(LOOK_S)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socketserver
 import threading
 import time
 from collections.abc import Iterable
@@ -177,3 +178,14 @@ def test_the_stock_policy_is_serves_formula_on_the_open_calls() -> None:
             time.sleep(0.01)
         server.shutdown()
     assert math.isclose(policy(ctx)[0], 6.0)
+
+
+def test_the_stock_policy_survives_a_port_that_speaks_something_else() -> None:
+    class Garbage(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"\x00\x00\x12\x04\x00\x00\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Garbage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        StockPolicy(status_url=f"http://127.0.0.1:{server.server_address[1]}", tokens_per_request=16).look()
+        server.shutdown()
