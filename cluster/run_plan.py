@@ -85,6 +85,8 @@ def _check(load: LoadFile, wanted: Wanted) -> int:
         raise InvalidRequest(f"--server-copies is {some(wanted.server_copies)}, every one must be 0 or more")
     if wanted.survive < 0:
         raise InvalidRequest(f"--survive is {wanted.survive}, it must be 0 or more")
+    if wanted.survive >= wanted.servers:
+        raise InvalidRequest(f"--survive is {wanted.survive}, limit is one less than --servers ({wanted.servers})")
     if wanted.max_moves is not None and wanted.max_moves < 0:
         raise InvalidRequest(f"--max-moves is {wanted.max_moves}, it must be 0 or more")
     room = sum(wanted.server_copies) if wanted.server_copies else None
@@ -113,7 +115,7 @@ def _plan(load: LoadFile, wanted: Wanted, before: Copies, limits: Sequence[int],
                 for s, limit in enumerate(limits)
             ),
             current=before,
-            survive=min(wanted.survive, wanted.servers - 1),
+            survive=wanted.survive,
             max_moves=free_moves if wanted.max_moves is None else min(wanted.max_moves, free_moves),
             min_pairs_per_s=sys.float_info.min,
         )

@@ -98,7 +98,7 @@ def test_every_plan_has_each_expert_within_the_budget_and_describes_itself(
     num_layers: int, num_experts: int, servers: int, extra: int, survive: int, exponent: float
 ) -> None:
     load_LE = zipf(exponent, seed=1, num_layers=num_layers, num_experts=num_experts)
-    document = planned(load_LE, servers=servers, budget_copies=load_LE.size + extra, survive=survive)
+    document = planned(load_LE, servers=servers, budget_copies=load_LE.size + extra, survive=min(survive, servers - 1))
     assert_consistent(document, load_LE)
     json.dumps(document, allow_nan=False)
 
@@ -328,6 +328,7 @@ def test_a_file_that_is_no_load_matrix_is_named_with_what_is_wrong(
         ({"servers": 10**9}, "--servers is 1000000000"),
         ({"servers": 2, "budget_copies": 23}, "--budget-copies is 23, 3 x 8 experts need at least 24"),
         ({"servers": 2, "survive": -1}, "--survive is -1"),
+        ({"servers": 2, "survive": 2}, "--survive is 2, limit is one less than --servers"),
         ({"servers": 2, "max_moves": -1}, "--max-moves is -1"),
         ({"servers": 2, "speeds": (1.0,)}, "--server-speeds has 1 values, --servers is 2"),
         ({"servers": 2, "speeds": (1.0, 0.0)}, r"--server-speeds is 1\.0, 0\.0, every one must be above 0"),
